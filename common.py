@@ -5,8 +5,10 @@ Nothing of ours is imported here. Order: recipes and tables -> learning rate -> 
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -386,3 +388,312 @@ def count_macs(model, images):
     for hook in hooks:
         hook.remove()
     return counter.get_total_flops() // 2 + sum(scaled)
+
+# ------------------------------------------------------------------------------------------------ the plain ViT and attention rollout
+
+DEIT, JAX = "https://dl.fbaipublicfiles.com/deit/", "https://storage.googleapis.com/vit_models/imagenet21k/"
+VITS = {  # name -> (arguments of VisionTransformer, official weights); deit: trained on ImageNet-1k, vit: on ImageNet-21k
+    "deit_tiny": (dict(dim=192, depth=12, heads=3), DEIT + "deit_tiny_patch16_224-a1311bcf.pth"),
+    "deit_small": (dict(dim=384, depth=12, heads=6), DEIT + "deit_small_patch16_224-cd65a155.pth"),
+    "deit_base": (dict(dim=768, depth=12, heads=12), DEIT + "deit_base_patch16_224-b5f2ef4d.pth"),
+    "vit_base": (dict(dim=768, depth=12, heads=12), JAX + "ViT-B_16.npz"),
+    "r50_vit_base": (dict(dim=768, depth=12, heads=12, stem="r50"), JAX + "R50%2BViT-B_16.npz"),
+    "toy_vit": (dict(dim=96, depth=4, heads=4, mlp_ratio=3, patch_size=8, stem="conv"), ""),  # for small pictures, from scratch
+}
+
+
+def vit(name, image_size, num_classes=0, drop_path=0.0):
+    """The VisionTransformer called `name` in VITS; num_classes 0: no head."""
+    if name not in VITS:
+        raise ValueError(f"backbone {name!r} is unknown; allowed: {', '.join(VITS)}")
+    model = VisionTransformer(image_size, num_classes=num_classes, drop_path=drop_path, **VITS[name][0])
+    model.official = VITS[name][1]
+    return model
+
+
+class Attention(nn.Module):
+    """Multi-head attention in two halves, so that a method can put other queries, keys and values between them."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x):
+        """Normalised tokens (B, N, C) -> queries, keys, values (B, h, N, d) each."""
+        B, N, C = x.shape
+        return self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, x):
+        """Outputs of the heads (B, h, N, d) -> (B, N, C)."""
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """The feed-forward network: two linear layers with a GELU between."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; stochastic depth drops a whole residual branch of an image."""
+
+    def __init__(self, dim, heads, mlp_ratio=4, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
+
+    def finish(self, tokens, attended):
+        """Tokens (B, N, C) and what their queries gathered (B, h, N, d) -> the block's output (B, N, C)."""
+        tokens = tokens + self.drop_path(self.attn.merge(attended))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+    def forward(self, tokens, visit=None):
+        """(B, N, C) -> (B, N, C). `visit(q, k)` is called with the queries and keys (B, h, N, d), cut from the graph: see cls_rollout."""
+        q, k, v = self.attn.split(self.norm1(tokens))
+        if visit is not None:
+            visit(q.detach(), k.detach())
+        return self.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> patch tokens (B, N, C), row by row; an optional convolutional stem comes before the projection."""
+
+    def __init__(self, patch_size, dim, stem):
+        super().__init__()
+        if stem == "patch":
+            self.backbone, self.proj = nn.Identity(), nn.Conv2d(3, dim, patch_size, patch_size)
+        elif stem == "r50":
+            self.backbone, self.proj = ResNetStem(), nn.Conv2d(1024, dim, patch_size // 16, patch_size // 16)
+        else:  # one 3x3 convolution of stride 2 per halving: small images train far faster from scratch
+            widths = [3] + [dim >> i for i in reversed(range(int(math.log2(patch_size))))]
+            layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())]
+            self.backbone, self.proj = nn.Sequential(*layers), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, images):
+        return self.proj(self.backbone(images)).flatten(2).transpose(1, 2)  # (B, C, gh, gw) -> (B, N, C)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al., ICLR 2021) under timm's parameter names. image_size is (height, width); drop_path grows linearly to its value."""
+
+    def __init__(self, image_size, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, num_classes=0, drop_path=0.0, stem="patch"):
+        super().__init__()
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(f"image_size {image_size[0]},{image_size[1]} is not divisible by the patch size {patch_size}; use multiples of {patch_size}")
+        self.patch_size, self.official = patch_size, ""
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, dim, stem)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        for parameter in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def embed(self, images):
+        """(B, 3, H, W) -> tokens (B, 1 + gh * gw, C): class token first, then the patches row by row."""
+        if images.shape[-2:] != (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size):
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels for a ViT of {tuple(g * self.patch_size for g in self.grid)}; set image_size")
+        patches = self.patch_embed(images)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+
+    def features(self, images, visit=None):
+        """(B, 3, H, W) -> tokens (B, N, C) of the last block, before the final norm. `visit`: see Block."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = block(tokens, visit)
+        return tokens
+
+    def forward(self, images):
+        """(B, 3, H, W) -> logits (B, K)."""
+        return self.head(self.norm(self.features(images)[:, 0]))
+
+
+# ---- the ResNet-50 stem of the hybrid R50 + ViT-B/16: stages 3-4-9, weight-standardised convolutions, GroupNorm, TensorFlow's "SAME" padding
+
+
+def same_pad(x, kernel, stride):
+    """Pad as TensorFlow does: output = ceil(input / stride), the odd pixel at the right and bottom."""
+    total = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:]]
+    return F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
+
+
+class StdConv(nn.Conv2d):
+    """Convolution whose kernels have zero mean and unit deviation (population; Google adds 1e-5 to the deviation)."""
+
+    def __init__(self, inputs, outputs, kernel, stride=1):
+        super().__init__(inputs, outputs, kernel, stride, bias=False)
+
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+        return F.conv2d(same_pad(x, self.kernel_size[0], self.stride[0]), (self.weight - mean) / (std + 1e-5), None, self.stride)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (stride), 1x1 with GroupNorm; ReLU after the sum."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        mid = outputs // 4
+        for i, (a, b, kernel, s) in enumerate(((inputs, mid, 1, 1), (mid, mid, 3, stride), (mid, outputs, 1, 1)), 1):
+            self.add_module(f"conv{i}", StdConv(a, b, kernel, s))
+            self.add_module(f"norm{i}", nn.GroupNorm(32, b, eps=1e-6))
+        project = inputs != outputs or stride > 1
+        self.downsample = nn.ModuleDict({"conv": StdConv(inputs, outputs, 1, stride), "norm": nn.GroupNorm(32, outputs, eps=1e-6)}) if project else None
+
+    def forward(self, x):
+        shortcut = self.downsample["norm"](self.downsample["conv"](x)) if self.downsample else x
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        return F.relu(self.norm3(self.conv3(x)) + shortcut)
+
+
+class ResNetStem(nn.Module):
+    """(B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.ModuleDict({"conv": StdConv(3, 64, 7, 2), "norm": nn.GroupNorm(32, 64, eps=1e-6)})
+        stages = [(64, 256, 3, 1), (256, 512, 4, 2), (512, 1024, 9, 2)]
+        self.stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.Sequential(*(Bottleneck(b if u else a, b, 1 if u else s) for u in range(n)))}) for a, b, n, s in stages)
+
+    def forward(self, x):
+        x = F.relu(self.stem["norm"](self.stem["conv"](x)))
+        x = F.max_pool2d(same_pad(x, 3, 2), 3, 2)
+        for stage in self.stages:
+            x = stage["blocks"](x)
+        return x
+
+
+# ---- weights
+
+
+RENAMES = (  # Google's .npz and torchvision's vit_b_16 -> timm's names, in this order
+    (r"^(opt/target/|params/)", ""), (r"^cls$|^class_token$", "cls_token"), (r"^Transformer/posembed_input/pos_embedding$|^encoder\.pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoderblock_(\d+)/|^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1\2."), (r"^Transformer/encoder_norm/|^encoder\.ln\.", "norm."),
+    (r"LayerNorm_0/|ln_1\.", "norm1."), (r"LayerNorm_2/|ln_2\.", "norm2."), (r"MultiHeadDotProductAttention_1/out/|self_attention\.out_proj\.", "attn.proj."),
+    (r"MultiHeadDotProductAttention_1/", "attn."), (r"self_attention\.in_proj_", "attn.qkv."), (r"MlpBlock_3/Dense_0/|mlp\.0\.|mlp\.linear_1\.", "mlp.fc1."),
+    (r"MlpBlock_3/Dense_1/|mlp\.3\.|mlp\.linear_2\.", "mlp.fc2."), (r"^embedding/|^conv_proj\.", "patch_embed.proj."), (r"^heads\.head\.", "head."),
+    (r"^conv_root/", "patch_embed.backbone.stem.conv."), (r"^gn_root/", "patch_embed.backbone.stem.norm."),
+    (r"^block(\d+)/unit0?(\d+)/", lambda m: f"patch_embed.backbone.stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}."),
+    (r"conv_proj/", "downsample.conv."), (r"gn_proj/", "downsample.norm."), (r"(conv\d)/", r"\1."), (r"gn(\d)/", r"norm\1."),
+    (r"/", "."), (r"\.kernel$|\.scale$", ".weight"),
+)
+
+
+def vit_state(state):
+    """Weights of Google's .npz, torchvision, DeiT or timm, or a model of ours around a ViT -> dict under timm's names, heads left out."""
+    out = {}
+    for key, value in state.items():
+        name = key
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if key.endswith("/kernel"):  # JAX keeps inputs before outputs
+            if value.ndim == 4:
+                value = value.permute(3, 2, 0, 1)  # HWIO -> OIHW
+            elif name.endswith("attn.proj.weight"):
+                value = value.flatten(0, 1).T  # (h, d, C) -> (C, C)
+            else:
+                value = value.flatten(1).T  # (C, h, d) or (C, D) -> outputs first
+        elif "/" in key and key.endswith(("/bias", "/scale")):
+            value = value.flatten()
+        out[name] = value
+    for name in [n for n in out if ".attn.query." in n]:  # three matrices -> rows q, k, v of one
+        out[name.replace("query", "qkv")] = torch.cat([out.pop(name.replace("query", part)) for part in ("query", "key", "value")])
+    prefix = next((n.removesuffix("cls_token") for n in out if n.endswith("cls_token")), "")
+    out = {n.removeprefix(prefix): v for n, v in out.items() if n.startswith(prefix)}
+    if "dist_token" in out:  # a distilled DeiT: its second token and head are dropped
+        out["pos_embed"] = torch.cat([out["pos_embed"][:, :1], out["pos_embed"][:, 2:]], 1)
+    return {n: v for n, v in out.items() if not n.startswith(("head.", "head_dist.", "pre_logits.", "dist_token"))}
+
+
+def resize_pos_embed(pos_embed, grid, mode):
+    """Position embeddings (1, 1 + g * g, C) of a square grid -> (1, 1 + gh * gw, C): the class token's row is kept, the grid interpolated."""
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    if patches.shape[1] == grid[0] * grid[1]:
+        return pos_embed
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ValueError(f"position embeddings of {patches.shape[1]} patches are no square grid and cannot be resized to {grid[0]}x{grid[1]}; use the image_size of the weights")
+    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
+    patches = F.interpolate(patches.float(), grid, mode=mode, align_corners=False)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], 1)
+
+
+def load_vit(model, source):
+    """Load pretrained weights into a VisionTransformer, all but its head, and return the dict that the file held.
+
+    source: "default" (the official file), a URL, a DeiT or timm .pth, Google's .npz, torchvision's vit_b_16, or a run of ours.
+    Anything missing or unexpected beyond heads (and a final norm that was replaced by nn.Identity) is a ValueError that lists it.
+    """
+    path = model.official if source == "default" else source
+    if not path:
+        raise ValueError("--weights default: there are no official weights for this backbone; use none or a file")
+    if str(path).startswith("http"):
+        stamp = re.search(r"-([0-9a-f]{8,})\.", path)  # DeiT and timm publish the sha256 in the file's name, Google none
+        path = fetch(path, stamp[1] if stamp else "")
+    held = read_state(path)
+    state = vit_state(held)
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid, "bilinear" if str(path).endswith(".npz") else "bicubic")
+    if isinstance(model.norm, nn.Identity):
+        state = {n: v for n, v in state.items() if not n.startswith("norm.")}
+    load_state(model, state, heads=("head.",), source=path)
+    return held
+
+
+# ---- attention rollout (Abnar & Zuidema, ACL 2020): how much of each input token reaches each token of a deep layer
+
+
+@torch.no_grad()
+def attention_weights(q, k, fusion="mean"):
+    """Queries (B, h, n, d) and keys (B, h, N, d) -> softmax weights fused over the heads (mean, max or min), (B, n, N), at least fp32."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        return weights.mean(1) if fusion == "mean" else weights.amax(1) if fusion == "max" else weights.amin(1)
+
+
+def rollout(attns):
+    """Eq. 2 of DCAL, literally: attention matrices (..., N, N), first block first -> their product with the residual paths (..., N, N)."""
+    total = eye = torch.eye(attns[0].shape[-1], device=attns[0].device, dtype=attns[0].dtype)
+    for attn in attns:
+        total = (attn + eye) / (attn + eye).sum(-1, keepdim=True) @ total  # 0.5 S + 0.5 E, as rows of S sum to one (unless heads were fused by max or min)
+    return total
+
+
+@torch.no_grad()
+def cls_rollout(layers, fusion="mean"):
+    """The class token's row (B, N) of `rollout`, as vector-matrix products from the deepest layer down: N^2 instead of N^3 a layer.
+
+    layers, first block first: a block's head-fused attention (B, N, N), or its (q, k) as Block visits them. From (q, k) the weights are
+    recomputed a slab of rows at a time, so that no N x N matrix is ever kept.
+    """
+    row = None
+    for layer in reversed(layers):
+        q, k = layer if isinstance(layer, tuple) else (layer, layer)
+        B, N = k.shape[0], k.shape[-2]
+        if row is None:
+            row = torch.ones(B, 1, device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))  # of the deepest layer only the class token's own row counts
+        n, new = row.shape[1], row.new_zeros(B, N)
+        images, rows = (1, 128) if k.device.type == "cpu" else (max(1, 2**27 // (k.shape[1] * N * N)), N)  # a CPU's slab stays in its cache, a GPU's within 0.5 GB
+        for b, i in itertools.product(range(0, B, images), range(0, n, rows)):
+            some, slab = slice(b, b + images), slice(i, min(i + rows, n))
+            weights = attention_weights(q[some, :, slab], k[some], fusion) if isinstance(layer, tuple) else layer[some, slab]
+            share = row[some, slab] / (1 + weights.sum(-1))  # row of 0.5 S + 0.5 E: the residual half stays, the other is handed down
+            new[some, slab] += share
+            new[some] += (share[:, None] @ weights)[:, 0]
+        row = new
+    return row
