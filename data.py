@@ -324,8 +324,11 @@ class Photos(torch.utils.data.Dataset):
         return len(self.split)
 
     def region(self, index, size):
-        """The part of a photo of size (h, w) that the input shows: its object box with recipe.boxes, else None, all of it."""
-        return object_region(self.split.boxes[index], size, self.split.context) if self.recipe.boxes else None
+        """The part of a photo of size (h, w) that the input shows: its object box with recipe.boxes, else all of it (None) but the banner."""
+        h, w = size[0] - self.split.banner, size[1]
+        if self.recipe.boxes:
+            return object_region(self.split.boxes[index], (h, w), self.split.context)
+        return (0, 0, w, h) if self.split.banner else None
 
     def __getitem__(self, key):
         split, recipe = self.split, self.recipe
@@ -1402,7 +1405,11 @@ def contact_sheet(size=144, samples=8):
     return sheet
 
 
-DATASETS = {"toy": load_toy, "folder": load_folder, "imagenet": load_imagenet}  # name -> loader(root, recipe) -> Splits
+DATASETS = {
+    "toy": load_toy, "folder": load_folder, "imagenet": load_imagenet, "cub": load_cub, "cars": load_cars, "aircraft": load_aircraft, "flowers": load_flowers,
+    "dogs": load_dogs, "nabirds": load_nabirds, "plant": load_plant, "fmow": load_fmow, "market1501": load_market1501, "dukemtmc": load_dukemtmc,
+    "msmt17": load_msmt17, "veri776": load_veri776,
+}  # name -> loader(root, recipe) -> Splits
 
 PUBLISHED = {"imagenet": (1000, 1281167, 50000)}  # name -> classes, training images, test images of the full dataset
 
