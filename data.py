@@ -101,20 +101,18 @@ def load(name, root, recipe):
             raise ValueError(f"--root {root}: is a file; give the folder that holds the unpacked {name} dataset")
         root = Path(root)
     splits = DATASETS[name](root, recipe)
-    classes, *published = PUBLISHED.get(name, (0, 0, 0))
-    if len(splits.classes) == classes and [len(splits.train), len(splits.test)] != published:
-        splits.note += f" WARNING: published are {published[0]:,} train and {published[1]:,} test images: look for missing files in {root}."
+    notes = [splits.note] if splits.note else []
     if splits.test is None:  # own photos without a test folder
         if not recipe.val_fraction:
-            raise ValueError(f"{root} has no test or val folder; make {root}/train and {root}/test, or add --val-fraction 0.2 to test on a fifth of the photos")
+            raise ValueError(f"--root {root}: no test or val folder; put the photos into DIR/train/CLASS/ and DIR/test/CLASS/, or add --val-fraction 0.2 to test on a fifth of them")
         splits.train, splits.test = cut(splits.train, recipe.val_fraction)
-        splits.note += " The test images were cut from train."
+        notes.append("the test images were cut from train")
     elif recipe.val_fraction:
         if splits.val is not None or splits.test.query is not None:
             raise ValueError(f"--val-fraction {recipe.val_fraction}: {name} has its own validation or query images; leave --val-fraction out")
         splits.train, splits.val = cut(splits.train, recipe.val_fraction)
-    val = f" {len(splits.val):,} val," if splits.val else ""
-    splits.note = f"{len(splits.train):,} train,{val} {len(splits.test):,} test images of {len(splits.classes)} classes. {splits.note.strip()}".strip()
+    val, kind = f" {len(splits.val):,} val," if splits.val else "", "classes" if splits.test.query is None else "training identities"
+    splits.note = "; ".join([f"{len(splits.train):,} train,{val} {len(splits.test):,} test images of {len(splits.classes)} {kind}"] + notes)
     return splits
 
 
@@ -435,7 +433,7 @@ def load_folder(root, recipe):
     for split in (train, test, val):
         if split is not None:
             split.upright = True
-    return Splits(train, test, classes, val, "".join(f" {role} is {d}." for role, d in zip(("Test", "Val"), at)))
+    return Splits(train, test, classes, val, "; ".join(f"{role} is {d}" for role, d in zip(("test", "val"), at)))
 
 
 def load_imagenet(root, recipe):
@@ -463,7 +461,8 @@ def load_imagenet(root, recipe):
         names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # in the order of the sorted wnids
     elif mapping:
         names = {line.split()[0]: line.split(maxsplit=1)[1].split(",")[0].strip() for line in mapping.read_text().splitlines() if " " in line.strip()}
-    return Splits(train, test, [names.get(w, w) for w in wnids])
+    splits = Splits(train, test, [names.get(w, w) for w in wnids])
+    return complete("imagenet", splits, listed=False, classes=1000, train=1281167, test=50000)
 
 
 # ------------------------------------------------------------------------------------------------ the papers' datasets
@@ -633,7 +632,7 @@ def read_mat(source):
 
 
 def complete(name, splits, listed=True, **published):
-    """The last step of a loader: photos that an index listed exist, none twice, labels are in range. Returns splits with its note.
+    """The last step of a loader: photos that an index listed exist, none twice, labels are in range. Returns splits.
 
     A set with less than nine tenths of the published images in every split is taken for a subset; any other with a count that is not
     the published one is warned about.
@@ -665,7 +664,6 @@ def complete(name, splits, listed=True, **published):
     full = [key for key, n in published.items() if found[key] > n or key != "classes" and found[key] >= 0.9 * n]
     if off and full:
         warnings.warn(f"--data {name}: {', '.join(off)} ({'identities' if 'query' in found else 'classes'} and images as published); {CHECKED}", stacklevel=2)
-    splits.note = counts(splits) + (f"; {splits.note}" if splits.note else "")
     return splits
 
 
@@ -1410,8 +1408,6 @@ DATASETS = {
     "dogs": load_dogs, "nabirds": load_nabirds, "plant": load_plant, "fmow": load_fmow, "market1501": load_market1501, "dukemtmc": load_dukemtmc,
     "msmt17": load_msmt17, "veri776": load_veri776,
 }  # name -> loader(root, recipe) -> Splits
-
-PUBLISHED = {"imagenet": (1000, 1281167, 50000)}  # name -> classes, training images, test images of the full dataset
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/birds.png")
