@@ -101,6 +101,8 @@ def load(name, root, recipe):
             raise ValueError(f"--root {root}: is a file; give the folder that holds the unpacked {name} dataset")
         root = Path(root)
     splits = DATASETS[name](root, recipe)
+    if name in PUBLISHED:
+        check(name, splits, recipe)
     notes = [splits.note] if splits.note else []
     if splits.test is None:  # own photos without a test folder
         if not recipe.val_fraction:
@@ -462,12 +464,12 @@ def load_imagenet(root, recipe):
     elif mapping:
         names = {line.split()[0]: line.split(maxsplit=1)[1].split(",")[0].strip() for line in mapping.read_text().splitlines() if " " in line.strip()}
     splits = Splits(train, test, [names.get(w, w) for w in wnids])
-    return complete("imagenet", splits, listed=False, classes=1000, train=1281167, test=50000)
+    return splits
 
 
 # ------------------------------------------------------------------------------------------------ the papers' datasets
 
-CHECKED = "unpack the official archive again"  # the advice when a file of a dataset is damaged
+AGAIN = "unpack the official archive again"  # the advice when a file of a dataset is damaged
 
 
 @dataclass(frozen=True)
@@ -628,43 +630,37 @@ def read_mat(source):
                 variables[name] = value
         return variables
     except (ValueError, KeyError, StopIteration, struct.error, zlib.error) as error:
-        raise ValueError(f"{'these bytes' if isinstance(source, bytes) else source}: damaged or no MATLAB level 5 file ({error or type(error).__name__}); {CHECKED}") from None
+        raise ValueError(f"{'these bytes' if isinstance(source, bytes) else source}: damaged or no MATLAB level 5 file ({error or type(error).__name__}); {AGAIN}") from None
 
 
-def complete(name, splits, listed=True, **published):
-    """The last step of a loader: photos that an index listed exist, none twice, labels are in range. Returns splits.
+def check(name, splits, recipe):
+    """Raises for listed photos that are missing or come twice and for class numbers out of range; warns of a full set with a wrong count.
 
-    A set with less than nine tenths of the published images in every split is taken for a subset; any other with a count that is not
-    the published one is warned about.
+    A set with less than nine tenths of the published images in train and in test is taken for a subset, and is fine.
     """
-    folders, seen, parts = {}, set(), [s for s in (splits.train, splits.val, splits.test) if s is not None]
-    lost = []
-    for split in parts:
-        if not len(split):
-            raise ValueError(f"--data {name}: a split has no images; {CHECKED}")
-        for path, label in zip(split.paths, split.labels):
+    folders, seen, lost = {}, set(), []
+    for split in (splits.train, splits.val, splits.test) if name in SOURCES else ():
+        for path, label in zip(split.paths, split.labels) if split else ():
+            folder, file = os.path.split(path)
+            if folder not in folders:
+                folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            if file not in folders[folder]:
+                lost.append(path)
             if path in seen:
-                raise ValueError(f"--data {name}: {path} is listed twice; {CHECKED}, or correct the list")
+                raise ValueError(f"--data {name}: {path} is listed twice; {AGAIN}, or correct the list")
+            if not 0 <= label < len(splits.classes) and split.query is None:
+                raise ValueError(f"--data {name}: {path} has class number {label + 1}, but there are {len(splits.classes)} classes; {AGAIN}")
             seen.add(path)
-            if not 0 <= label < len(splits.classes) and (split is splits.train or split.query is None):
-                raise ValueError(f"--data {name}: {path} has class number {label + 1} of {len(splits.classes)}; {CHECKED}")
-            if listed:
-                folder, file = os.path.split(path)
-                if folder not in folders:
-                    folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else ()
-                if file not in folders[folder]:
-                    lost.append(path)
     if lost:
-        raise FileNotFoundError(f"--data {name}: {lost[0]} is listed but not there ({len(lost)} missing of {len(seen)}); {CHECKED}, or correct the list")
-    found = {"classes": len(splits.classes), "train": len(splits.train), "val": len(splits.val or ()), "test": len(splits.test)}
-    if splits.test.query is not None:
-        found["query"] = sum(splits.test.query)
-        found["gallery"] = found["test"] - found["query"]
+        raise FileNotFoundError(f"--data {name}: {lost[0]} is listed but not there ({len(lost)} of {len(seen)} photos are missing); {AGAIN}, or correct the list")
+    if not (len(splits.train) and len(splits.test)):
+        raise ValueError(f"--data {name}: the {'test' if len(splits.train) else 'training'} split has no photos; {AGAIN}")
+    classes, train, test, *alone = PUBLISHED[name]
+    published = {"classes": classes, "training images": alone[0] if alone and recipe.train_split == "train" else train, "test images": test}
+    found = dict(zip(published, (len(splits.classes), len(splits.train), len(splits.test))))
     off = [f"{found[key]:,} {key} instead of {n:,}" for key, n in published.items() if found[key] != n]
-    full = [key for key, n in published.items() if found[key] > n or key != "classes" and found[key] >= 0.9 * n]
-    if off and full:
-        warnings.warn(f"--data {name}: {', '.join(off)} ({'identities' if 'query' in found else 'classes'} and images as published); {CHECKED}", stacklevel=2)
-    return splits
+    if off and train and any(found[key] >= 0.9 * n for key, n in published.items() if key != "classes"):
+        warnings.warn(f"--data {name}: {', '.join(off)} as published; {AGAIN}, or ignore this if the set was changed on purpose", stacklevel=3)
 
 
 def rows(path):
@@ -673,7 +669,7 @@ def rows(path):
     for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         key, _, rest = line.strip().partition(" ")
         if key in held:
-            raise ValueError(f"{path}, line {number}: {key} comes a second time; {CHECKED}")
+            raise ValueError(f"{path}, line {number}: {key} comes a second time; {AGAIN}")
         if key:
             held[key] = rest.strip()
     return held
@@ -684,11 +680,11 @@ def column(path, keys, kind=str):
     held = rows(path)
     for key in keys:
         if key not in held:
-            raise ValueError(f"{path} has no line for {key}; {CHECKED}")
+            raise ValueError(f"{path} has no line for {key}; {AGAIN}")
         try:
             held[key] = kind(held[key])
         except ValueError:
-            raise ValueError(f"{path}: cannot read the line of {key}: {held[key]!r}; {CHECKED}") from None
+            raise ValueError(f"{path}: cannot read the line of {key}: {held[key]!r}; {AGAIN}") from None
     return [held[key] for key in keys]
 
 
@@ -705,15 +701,15 @@ def mat_values(path, *names):
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, np.ndarray):
-            raise ValueError(f"{path} has no {name}; {CHECKED}")
+            raise ValueError(f"{path} has no {name}; {AGAIN}")
         try:
             columns.append([v if isinstance(v, str) else int(np.asarray(v).item()) for v in value.ravel(order="F")])
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}: {name} does not hold one number or text a photo; {CHECKED}") from None
+            raise ValueError(f"{path}: {name} does not hold one number or text a photo; {AGAIN}") from None
     return columns
 
 
-def birds(name, root, **published):
+def load_birds(name, root, recipe):
     """CUB-200-2011 and NABirds, whose files are alike: joined by image id; the classes are the ids in use, in ascending order; boxes x y w h."""
     base = find(name, root)
     paths = rows(base / "images.txt")
@@ -725,8 +721,7 @@ def birds(name, root, **published):
     boxes[:, 2:] += boxes[:, :2]
     label = {c: i for i, c in enumerate(used)}
     everything = Split([str(base / "images" / paths[i]) for i in ids], [label[c] for c in class_ids], boxes, **bird_parts(base, ids, boxes))
-    splits = Splits(*(everything.take([i for i, t in enumerate(train) if t == side]) for side in (1, 0)), classes)
-    return complete(name, splits, **published)
+    return Splits(*(everything.take([i for i, t in enumerate(train) if t == side]) for side in (1, 0)), classes)
 
 
 def bird_parts(base, ids, boxes):
@@ -746,16 +741,8 @@ def bird_parts(base, ids, boxes):
                 i, x, y = number[image], float(x), float(y)
                 parts[i, place[part]] = x - reach[i], y - reach[i], x + reach[i], y + reach[i]
         except (ValueError, KeyError):
-            raise ValueError(f"{file}, line {count}: {line.strip()!r} is not `image part x y visible`; {CHECKED}") from None
+            raise ValueError(f"{file}, line {count}: {line.strip()!r} is not `image part x y visible`; {AGAIN}") from None
     return {"parts": parts, "part_names": tuple(names[p] for p in place), "signature": (True,) * len(names)}
-
-
-def load_cub(root, recipe):
-    return birds("cub", root, classes=200, train=5994, test=5794)
-
-
-def load_nabirds(root, recipe):
-    return birds("nabirds", root, classes=555, train=23929, test=24633)
 
 
 def load_cars(root, recipe):
@@ -767,14 +754,14 @@ def load_cars(root, recipe):
         boxes = np.array([r[1:5] for r in records], np.float32).reshape(-1, 4) - np.float32([1, 1, 0, 0])
         return Split([str(folder / r[0]) for r in records], [r[5] - 1 for r in records], boxes)
 
-    published, folders = {"classes": 196, "train": 8144, "test": 8041}, [base / f for f in ("cars_train", "cars_test", "train", "test") if (base / f).exists()]
+    folders = [base / f for f in ("cars_train", "cars_test", "train", "test") if (base / f).exists()]
     if (base / "cars_annos.mat").exists():
         meta = base / "cars_annos.mat"
         test, *records = mat_values(meta, "annotations.test", "annotations.relative_im_path", *keys)
         train, test = (split(base, [r for r, t in zip(zip(*records), test) if bool(t) == side]) for side in (False, True))
     elif not (base / "devkit").exists() and folders_in(folders[0]):
         train, classes = class_folders(folders[0])
-        return complete("cars", Splits(train, class_folders(folders[1], classes)[0], classes), listed=False, **published)
+        return Splits(train, class_folders(folders[1], classes)[0], classes)
     else:
         labelled, meta = "cars_test_annos_withlabels.mat", base / "devkit/cars_meta.mat"
         files = [base / "devkit/cars_train_annos.mat", meta, base / labelled if (base / labelled).exists() else base / "devkit" / labelled]
@@ -782,7 +769,7 @@ def load_cars(root, recipe):
         if lost:
             raise FileNotFoundError(f"--data cars: {', '.join(lost)} is missing (cars_test_annos.mat has no labels: {labelled} is needed beside it); {how_to_get('cars', root)}")
         train, test = (split(base / f"cars_{side}", zip(*mat_values(file, "annotations.fname", *keys))) for side, file in (("train", files[0]), ("test", files[2])))
-    return complete("cars", Splits(train, test, *mat_values(meta, "class_names")), **published)
+    return Splits(train, test, *mat_values(meta, "class_names"))
 
 
 def load_aircraft(root, recipe):
@@ -796,9 +783,7 @@ def load_aircraft(root, recipe):
         boxes = np.array(column(base / "images_box.txt", ids, four), np.float32).reshape(-1, 4) - np.float32([1, 1, 0, 0])
         return Split([str(base / "images" / f"{i}.jpg") for i in ids], column(file, ids, classes.index), boxes, banner=20 * recipe.crop_banner)
 
-    splits = Splits(split(recipe.train_split), split("test"), classes, split("val") if recipe.train_split == "train" else None)
-    splits.note = "20-pixel banner cut off" if recipe.crop_banner else "with its 20-pixel banner"
-    return complete("aircraft", splits, classes=100, train=3334 if splits.val else 6667, test=3333)
+    return Splits(split(recipe.train_split), split("test"), classes, split("val") if recipe.train_split == "train" else None)
 
 
 def load_flowers(root, recipe):
@@ -810,12 +795,11 @@ def load_flowers(root, recipe):
     def split(*names):
         images = sorted(sum(mat_values(base / "setid.mat", *names), []))
         if images and not 1 <= images[0] <= images[-1] <= len(labels):
-            raise ValueError(f"{base / 'setid.mat'}: {', '.join(names)} lists image {images[0]} to {images[-1]} of {len(labels)} in imagelabels.mat; {CHECKED}")
+            raise ValueError(f"{base / 'setid.mat'}: {', '.join(names)} lists image {images[0]} to {images[-1]} of {len(labels)} in imagelabels.mat; {AGAIN}")
         return Split([str(base / "jpg" / f"image_{i:05d}.jpg") for i in images], [labels[i - 1] - 1 for i in images])
 
     whole = recipe.train_split == "trainval"
-    splits = Splits(split("trnid", "valid") if whole else split("trnid"), split("tstid"), list(Flowers102.classes), None if whole else split("valid"))
-    return complete("flowers", splits, classes=102, train=2040 if whole else 1020, test=6149)
+    return Splits(split("trnid", "valid") if whole else split("trnid"), split("tstid"), list(Flowers102.classes), None if whole else split("valid"))
 
 
 def load_dogs(root, recipe):
@@ -835,9 +819,8 @@ def load_dogs(root, recipe):
         boxes = np.array([dog_box(base / "Annotation" / file.rsplit(".", 1)[0]) for file in side], np.float32) if (base / "Annotation").exists() else None
         return Split([str(base / "Images" / file) for file in side], [label[file.split("/")[0]] for file in side], boxes)
 
-    splits = Splits(split(files["train"]), split(files["test"]), [f.partition("-")[2].replace("_", " ") for f in folders])
-    splits.note = "all its photos, the test photos too, are in ImageNet's training set: a backbone trained there with labels has seen them"
-    return complete("dogs", splits, classes=120, train=12000, test=8580)
+    return Splits(split(files["train"]), split(files["test"]), [f.partition("-")[2].replace("_", " ") for f in folders],
+                  note="all its photos, those of the test too, are in ImageNet's training set: weights trained there have seen them")
 
 
 def dog_box(path):
@@ -846,7 +829,7 @@ def dog_box(path):
         found = [[float(box.find(key).text) for key in ("xmin", "ymin", "xmax", "ymax")] for box in ElementTree.parse(path).iter("bndbox")]
         return max(found, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
     except (ElementTree.ParseError, AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no object box; {CHECKED}, or remove the folder Annotation to go without boxes") from None
+        raise ValueError(f"{path} holds no object box; {AGAIN}, or remove the folder Annotation to go without boxes") from None
 
 
 def load_plant(root, recipe):
@@ -862,8 +845,8 @@ def load_plant(root, recipe):
         train, classes = class_folders(base / "train")
         if (base / "test" / classes[0]).is_dir():
             test, val = (class_folders(base / d, classes)[0] if (base / d).is_dir() else None for d in ("test", "validation"))
-            return complete("plant", Splits(train, test, classes, val, "iCassava 2019"), listed=False, classes=5)
-        return complete("plant", Splits(*cut(train, 0.2), classes, note=f"iCassava 2019; {hidden}"), listed=False, classes=5)
+            return Splits(train, test, classes, val, "iCassava 2019")
+        return Splits(*cut(train, 0.2), classes, note=f"iCassava 2019; {hidden}")
     with open(table, newline="", encoding="utf-8-sig") as file:
         (head, *classes), *lines = [line for line in csv.reader(file) if line] or [[""]]
     if head != "image_id":
@@ -871,10 +854,12 @@ def load_plant(root, recipe):
     labels = {}
     for image, *marks in lines:
         if sorted(marks) != ["0"] * (len(classes) - 1) + ["1"] or image in labels:
-            raise ValueError(f"{table}: the line of {image} must come once and have a single 1 among {len(classes)} columns, not {','.join(marks)}; {CHECKED}")
+            raise ValueError(f"{table}: the line of {image} must come once and have a single 1 among {len(classes)} columns, not {','.join(marks)}; {AGAIN}")
         labels[image] = marks.index("1")
     everything = Split([str(base / "images" / f"{i}.jpg") for i in sorted(labels)], [labels[i] for i in sorted(labels)])
-    return complete("plant", Splits(*cut(everything, 0.2), classes, note=f"Plant Pathology 2020; {hidden}"), classes=4, train=1458, test=363)
+    if len(labels) != 1821 and len(labels) >= 0.9 * 1821:
+        warnings.warn(f"--data plant: {table} has {len(labels):,} images instead of 1,821 as published; {AGAIN}", stacklevel=3)
+    return Splits(*cut(everything, 0.2), classes, note=f"Plant Pathology 2020; {hidden}")
 
 
 def load_fmow(root, recipe):
@@ -888,20 +873,20 @@ def load_fmow(root, recipe):
         photos = sorted((p, c, j) for p, c, j in photos if c != "false_detection")
         unknown = next((c for _, c, _ in photos if c not in label), None)
         if unknown:
-            raise ValueError(f"{base}: {unknown} is no class folder of train; {CHECKED}")
+            raise ValueError(f"{base}: {unknown} is no class folder of train; {AGAIN}")
         boxes = np.array([fmow_box(j, c) for _, c, j in photos], np.float32).reshape(-1, 4) if recipe.boxes else None
         return Split([str(p) for p, _, _ in photos], [label[c] for _, c, _ in photos], boxes, context=True)
 
     train, val = (split((p, p.parts[-3], p.with_suffix(".json")) for p in (base / side).glob("*/*/*_rgb.jpg")) for side in ("train", "val"))
     mapping = base / "test_gt_mapping.json"
     if not mapping.exists():
-        return complete("fmow", Splits(train, val, classes, note="tested on val: there is no test_gt_mapping.json"), listed=False, classes=62, train=363572, test=53041)
+        return Splits(train, val, classes, note="there is no test_gt_mapping.json: val is the test split")
     try:
         pairs = [(PurePosixPath(pair["input"]), pair["output"]) for pair in json.loads(mapping.read_text())]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{mapping} is no list of input and output; {CHECKED}") from None
+        raise ValueError(f"{mapping} is no list of input and output; {AGAIN}") from None
     test = split((p, given.parent.name, base / given / f"{given.name}_{p.stem.split('_', 1)[1]}.json") for given, output in pairs for p in (base / output).glob("*_rgb.jpg"))
-    return complete("fmow", Splits(train, test, classes, val), listed=False, classes=62, train=363572, val=53041, test=53473)
+    return Splits(train, test, classes, val)
 
 
 def fmow_box(path, category):
@@ -912,7 +897,7 @@ def fmow_box(path, category):
             if entry["ID"] != -1 and entry["category"] == category and min(w, h) > 2:
                 return x, y, x + w, y + h
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no bounding_boxes can be read ({error}); {CHECKED}, or train with --no-boxes") from None
+        raise ValueError(f"{path}: no bounding_boxes can be read ({error}); {AGAIN}, or train with --no-boxes") from None
     return 0, 0, 1e6, 1e6  # reaches over every edge: the whole photo
 
 
@@ -996,12 +981,12 @@ def unpack(archive, folder):
 
 # ------------------------------------------------------------------------------------------------ re-identification
 
-def reid(name, train, query, gallery, listed=False, **published):
+def reid(name, train, query, gallery):
     """Lists of (path, identity, camera) -> Splits: training identities numbered 0.. in ascending order, test identities as they are.
     Junk (identity -1) is dropped; distractors (0 in Market-1501) stay in the gallery."""
     train, query, gallery = (sorted(record for record in part if record[1] != -1) for part in (train, query, gallery))
     if not (train and query and gallery):
-        raise ValueError(f"--data {name}: no photos in {'train' if not train else 'query' if not query else 'the gallery'}; {CHECKED}")
+        raise ValueError(f"--data {name}: no photos in {'train' if not train else 'query' if not query else 'the gallery'}; {AGAIN}")
     ids = sorted({identity for _, identity, _ in train})
     label = {identity: i for i, identity in enumerate(ids)}
 
@@ -1009,7 +994,7 @@ def reid(name, train, query, gallery, listed=False, **published):
         return Split([path for path, _, _ in records], labels, cameras=[camera for _, _, camera in records], **more)
 
     test = split(query + gallery, [identity for _, identity, _ in query + gallery], query=[True] * len(query) + [False] * len(gallery))
-    return complete(name, Splits(split(train, [label[identity] for _, identity, _ in train]), test, [str(i) for i in ids]), listed, **published)
+    return Splits(split(train, [label[identity] for _, identity, _ in train]), test, [str(i) for i in ids])
 
 
 def named_photos(folder):
@@ -1018,24 +1003,15 @@ def named_photos(folder):
     for path in folder.glob("*.jpg"):
         match = re.match(r"(-?\d+)_c(\d+)", path.name)
         if not match:
-            raise ValueError(f"{path} is not named IDENTITY_cCAMERA...; {CHECKED}, or remove the file")
+            raise ValueError(f"{path} is not named IDENTITY_cCAMERA...; {AGAIN}, or remove the file")
         records.append((str(path), int(match[1]), int(match[2])))
     return records
 
 
-def load_market1501(root, recipe):
-    base = find("market1501", root)
-    return reid("market1501", *(named_photos(base / d) for d in PERSON_FOLDERS[0]), classes=751, train=12936, query=3368, gallery=15913)
-
-
-def load_dukemtmc(root, recipe):
-    base = find("dukemtmc", root)
-    return reid("dukemtmc", *(named_photos(base / d) for d in PERSON_FOLDERS[0]), classes=702, train=16522, query=2228, gallery=17661)
-
-
-def load_veri776(root, recipe):
-    base = find("veri776", root)
-    return reid("veri776", *(named_photos(base / d) for d in ("image_train", "image_query", "image_test")), classes=576, train=37778, query=1678, gallery=11579)
+def load_named(name, root, recipe):
+    """Market-1501, DukeMTMC-reID and VeRi-776: folders of train, query and gallery."""
+    base = find(name, root)
+    return reid(name, *(named_photos(base / folder) for folder in SOURCES[name].layouts[0]))
 
 
 def load_msmt17(root, recipe):
@@ -1050,12 +1026,11 @@ def load_msmt17(root, recipe):
                 try:
                     records.append((str(base / folder / path), int(identity), int(os.path.basename(path).split("_")[2])))
                 except (ValueError, IndexError):
-                    raise ValueError(f"{file}: {path} {identity} is not `ID/ID_NUMBER_CAMERA_...jpg ID`; {CHECKED} (version 1)") from None
+                    raise ValueError(f"{file}: {path} {identity} is not `ID/ID_NUMBER_CAMERA_...jpg ID`; {AGAIN} (version 1)") from None
         return records
 
     whole = recipe.train_split == "trainval" and (base / "list_val.txt").exists()
-    return reid("msmt17", listed("train", *(("train", "val") if whole else ("train",))), listed("test", "query"), listed("test", "gallery"), listed=True,
-                classes=1041, train=32621 if recipe.train_split == "trainval" else 30248, query=11659, gallery=82161)
+    return reid("msmt17", listed("train", *(("train", "val") if whole else ("train",))), listed("test", "query"), listed("test", "gallery"))
 
 
 class PKSampler:
@@ -1403,11 +1378,16 @@ def contact_sheet(size=144, samples=8):
     return sheet
 
 
-DATASETS = {
-    "toy": load_toy, "folder": load_folder, "imagenet": load_imagenet, "cub": load_cub, "cars": load_cars, "aircraft": load_aircraft, "flowers": load_flowers,
-    "dogs": load_dogs, "nabirds": load_nabirds, "plant": load_plant, "fmow": load_fmow, "market1501": load_market1501, "dukemtmc": load_dukemtmc,
-    "msmt17": load_msmt17, "veri776": load_veri776,
-}  # name -> loader(root, recipe) -> Splits
+DATASETS = {  # name -> loader(root, recipe) -> Splits
+    "toy": load_toy, "folder": load_folder, "imagenet": load_imagenet, "cub": functools.partial(load_birds, "cub"), "cars": load_cars, "aircraft": load_aircraft,
+    "flowers": load_flowers, "dogs": load_dogs, "nabirds": functools.partial(load_birds, "nabirds"), "plant": load_plant, "fmow": load_fmow,
+    **{name: functools.partial(load_named, name) for name in ("market1501", "dukemtmc", "veri776")}, "msmt17": load_msmt17,
+}
+PUBLISHED = {  # name -> classes (identities), training images, test images (queries + gallery), training images with --train-split train; 0: not known
+    "imagenet": (1000, 1281167, 50000), "cub": (200, 5994, 5794), "cars": (196, 8144, 8041), "aircraft": (100, 6667, 3333, 3334), "flowers": (102, 2040, 6149, 1020),
+    "dogs": (120, 12000, 8580), "nabirds": (555, 23929, 24633), "plant": (5, 0, 0), "fmow": (62, 363572, 53473), "market1501": (751, 12936, 3368 + 15913),
+    "dukemtmc": (702, 16522, 2228 + 17661), "veri776": (576, 37778, 1678 + 11579), "msmt17": (1041, 32621, 11659 + 82161, 30248),
+}
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/birds.png")
