@@ -96,6 +96,21 @@ class Recipe:
     amp: str = _training("auto", "mixed precision; auto: bf16 on CUDA that has it, else off", ("auto", "bf16", "fp16", "off"))
     weights: str = _training("none", "none: random; default: the official pretrained weights; FILE: a checkpoint or a run folder")
 
+    def __post_init__(self):
+        """Values that no run can have are a ValueError before anything is read or written."""
+        for names, least, most in (
+            ("batch_size epochs accumulate", 1, math.inf),
+            ("iterations instances toy_train toy_test pad lr_batch lr weight_decay warmup warmup_lr min_lr grad_clip rotate translate brightness contrast saturation", 0, math.inf),
+            ("hflip affine_prob jitter_prob erasing label_smoothing drop_path ema", 0, 1), ("hue", 0, 0.5), ("val_fraction", 0, 0.9),
+        ):
+            for name in names.split():
+                if not least <= getattr(self, name) <= most:
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; allowed: at least {least}" + (f", at most {most}" if most < math.inf else ""))
+        if min(self.image_size) < 1 or min(self.resize) < 0 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"--image-size {self.image_size}, --resize {self.resize}, --crop-area {self.crop_area} or --crop-ratio {self.crop_ratio} is out of range; sizes in pixels, areas in (0, 1], smaller value first")
+        if self.instances and self.batch_size % self.instances:
+            raise ValueError(f"--batch-size {self.batch_size} holds no whole groups of --instances {self.instances}; choose a multiple")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -327,10 +342,11 @@ def to_pil(image, how):
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def heat(image, values, strength=0.55):
-    """Lay a map (h, w) over a PIL image, dark blue (least) to yellow (most)."""
+def heat(image, values, strength=0.55, span=None):
+    """Lay a map (h, w) over a PIL image, dark blue (least) to yellow (most); `span` (least, most) puts several maps on one scale."""
     values = values.detach().float().cpu()
-    values = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+    least, most = (float(v) for v in span or (values.min(), values.max()))
+    values = ((values - least) / max(most - least, 1e-12)).clamp(0, 1)
     values = F.interpolate(values[None, None], size=image.size[::-1], mode="bilinear", align_corners=False)[0, 0].clamp(0, 1).numpy()
     stops = np.array([(12, 10, 60), (90, 20, 130), (200, 50, 90), (250, 140, 40), (255, 245, 120)], float)
     at = values * (len(stops) - 1)

@@ -1,0 +1,468 @@
+"""train.py: every action for every method on a tiny toy, exact resume, faults, several processes, bad command lines."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import train
+
+HERE = Path(train.__file__).parent
+TINY = ["--toy-train", "2", "--toy-test", "1", "--epochs", "2", "--batch-size", "8"]
+METHODS = list(train.METHODS)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*argv):
+    """Exit status of a command line, in this process."""
+    return train.main([str(a) for a in argv])
+
+
+def last(folder):
+    """State of a run's checkpoint."""
+    return common.load_checkpoint(Path(folder) / "last.pt")
+
+
+def same(a, b, path=""):
+    """Both nested states are equal, bit for bit; names what is not."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def log_without_clock(folder):
+    """The log's entries without what a clock wrote."""
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_second")} for entry in train.read_log(Path(folder) / "log.jsonl")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_action_runs_for_each_method_and_writes_its_files(method, room, capsys):
+    assert run("--method", method, *TINY) == 0
+    folder = room / "runs" / f"{method}-toy"
+    assert {"run.json", "log.jsonl", "last.pt", "result.json"} <= {p.name for p in folder.iterdir()}
+    info, log = json.loads((folder / "run.json").read_text()), train.read_log(folder / "log.jsonl")
+    assert info["method"] == method and info["counts"]["train"] == 2 * len(info["classes"]) and info["parameters"] > 1000
+    assert [e["epoch"] for e in log] == [1, 2] and np.isfinite(log[-1]["loss"]) and 0 <= log[-1]["test"]["top1"] <= 1
+    said = capsys.readouterr().out
+    assert "result: test top1" in said and f"predict --run runs/{method}-toy" in said
+
+    assert run("eval", "--run", folder) == 0
+    said = capsys.readouterr().out
+    row = json.loads((folder / "eval.json").read_text())["rows"][0]
+    assert "signature parts" in said and "most confused" in said and "weakest classes" in said and "reliance" in said
+    assert row["scores"]["top1"] == pytest.approx(log[-1]["test"]["top1"]), "eval repeats what training measured"
+    assert set(row["reliance"]) == set(data.PARTS) and row["macs"] > 1e5
+
+    bird = data.draw_bird("birds", "test", 3, 80)
+    (room / "photos").mkdir()
+    Image.fromarray(bird.image).save(room / "photos" / "bird.png")
+    Image.fromarray(bird.image).convert("L").save(room / "photos" / "GREY.JPG")
+    assert run("predict", "--run", folder, room / "photos") == 0
+    said = capsys.readouterr().out
+    assert "bird.png" in said and "GREY.JPG" in said and said.count("%") >= 6
+    assert Image.open(folder / "predict" / "bird.png").size[0] > 300
+
+    assert run("figures", "--run", folder, "--images", 2) == 0
+    pictures = sorted((folder / "figures").glob("*.png"))
+    assert len(pictures) == 3 and all(np.asarray(Image.open(p)).std() > 5 for p in pictures)
+
+    assert run("profile", "--method", method, "--rounds", 1) == 0
+    assert "GMACs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_resumes_to_the_same_weights_state_and_log_bit_for_bit(method, room, monkeypatch):
+    flags = ["--method", method, "--toy-train", "3", "--toy-test", "1", "--iterations", "6", "--batch-size", "8"]
+    assert run(*flags, "--out", "whole") == 0
+
+    class Killed(BaseException):
+        pass
+
+    real, calls = train.update, []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # two steps after the checkpoint of step 2: in the middle of the first epoch
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "update", dying)
+    with pytest.raises(Killed):
+        run(*flags, "--out", "cut", "--save-every", 2)
+    monkeypatch.setattr(train, "update", real)
+    torch.manual_seed(99)  # what the process did since must not matter
+    assert run("--resume", "cut") == 0
+    a, b = last("whole"), last("cut")
+    for state in (a, b):
+        state.pop("seconds")
+    same(a, b)
+    assert log_without_clock("whole") == log_without_clock("cut")
+
+
+def test_resume_is_exact_with_workers_ema_and_accumulation(room, monkeypatch):
+    flags = ["--method", "tdsa", "--toy-train", "2", "--toy-test", "1", "--iterations", "6", "--batch-size", "8", "--ema", "0.9", "--accumulate", "2", "--workers", "2", "--grad-clip", "1"]
+    assert run(*flags, "--out", "whole") == 0
+    real, calls = train.update, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "update", stopping)
+    assert run(*flags, "--out", "cut") == 128 + signal.SIGTERM
+    monkeypatch.setattr(train, "update", real)
+    assert last("cut")["step"] == 3
+    assert run("--resume", "cut", "--workers", 1) == 0
+    a, b = last("whole"), last("cut")
+    assert a["ema"] and not torch.equal(next(iter(a["ema"].values())), next(iter(a["model"].values())))
+    for state in (a, b):
+        state.pop("seconds")
+    same(a, b)
+
+
+def test_sigkill_leaves_a_run_that_goes_on(room):
+    command = [sys.executable, str(HERE / "train.py"), "--method", "tdsa", "--toy-train", "2", "--toy-test", "1", "--iterations", "1000000", "--batch-size", "8", "--save-every", "1", "--out", "killed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 100
+    while not (room / "killed" / "last.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    step = last("killed")["step"]
+    assert step >= 1
+    info = train.read_run("killed")
+    info["recipe"]["iterations"] = step + 1  # cut the endless run short
+    train.write_json(room / "killed" / "run.json", info)
+    assert run("--resume", "killed") == 0 and last("killed")["step"] == step + 1
+
+
+def test_ctrl_c_saves_and_exits_130_and_a_stop_during_evaluation_repeats_the_evaluation(room, monkeypatch, capsys):
+    flags = ["--method", "tdsa", *TINY]
+    assert run(*flags, "--out", "whole") == 0
+    real = train.run_over
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_over", interrupted)
+    assert run(*flags, "--out", "cut") == 130
+    assert "--resume cut" in capsys.readouterr().out
+    monkeypatch.setattr(train, "run_over", real)
+    assert run("--resume", "cut") == 0
+    assert log_without_clock("whole") == log_without_clock("cut")
+    same(last("whole")["model"], last("cut")["model"])
+
+
+def test_sigterm_while_saving_keeps_the_checkpoint_whole(room, monkeypatch):
+    real = common.save_checkpoint
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*args)
+
+    monkeypatch.setattr(common, "save_checkpoint", interrupted)
+    assert run("--method", "tdsa", *TINY, "--out", "cut") == 143
+    monkeypatch.setattr(common, "save_checkpoint", real)
+    assert run("--resume", "cut") == 0
+
+
+def test_two_processes_finish_with_one_log_and_count_every_test_image_once(room):
+    """Global batch, learning rate and losses as in one process; 16 test images over 2 ranks, then 15 that two does not divide."""
+    flags = ["--method", "tnet", "--toy-train", "2", "--toy-test", "1", "--iterations", "3", "--batch-size", "8", "--select", "topk", "--out"]
+    assert run(*flags, "one", "--hflip", "0") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 2000), str(HERE / "train.py")]
+    done = subprocess.run([*launch, *flags, "two", "--hflip", "0"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = log_without_clock("one"), log_without_clock("two")
+    assert len(two) == len(one) and two[-1]["step"] == 3 and done.stdout.count("result:") == 1
+    assert two[-1]["lr"] == one[-1]["lr"] and two[-1]["test"].keys() == one[-1]["test"].keys()
+    assert run("--resume", "two") == 2, "finished"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_checkpoint_is_never_loaded(damage, tmp_path):
+    """Truncated at twenty places, or one bit flipped at twenty places: an error every time, or (a bit of zip padding) the very same state."""
+    state = {"step": 3, "model": {"w": torch.arange(600.0)}, "log": ["a", 1.5, None, (1, 2)]}
+    common.save_checkpoint(tmp_path / "last.pt", state)
+    raw = (tmp_path / "last.pt").read_bytes()
+    refused = 0
+    for k in range(20):
+        at = (2 * k + 1) * len(raw) // 40
+        bad = raw[:at] if damage == "cut" else raw[:at] + bytes([raw[at] ^ 16]) + raw[at + 1:]
+        (tmp_path / "bad.pt").write_bytes(bad)
+        try:
+            same(common.load_checkpoint(tmp_path / "bad.pt"), state)
+        except ValueError as error:
+            assert "bad.pt" in str(error)
+            refused += 1
+    assert refused == 20 if damage == "cut" else refused >= 8
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(room, capsys):
+    assert run("--method", "tdsa", *TINY, "--out", "r") == 0
+    (room / "r" / "result.json").unlink()
+    raw = (room / "r" / "last.pt").read_bytes()
+    (room / "r" / "last.pt").write_bytes(raw[: len(raw) // 2])
+    assert run("--resume", "r") == 0
+    assert "going on from r/last.prev.pt" in capsys.readouterr().err
+    assert last("r")["step"] == 8
+
+
+def test_foreign_newer_and_pickled_checkpoints_are_refused_without_running_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/ran",))
+
+    torch.save({"format": 1, "checksum": "", "state": Evil()}, tmp_path / "evil.pt")
+    torch.save({"format": 2, "checksum": "", "state": {}}, tmp_path / "newer.pt")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "foreign.pt")
+    for name, words in (("evil", "damaged or no checkpoint"), ("newer", "format 2"), ("foreign", "no checkpoint of ours")):
+        with pytest.raises(ValueError, match=words):
+            common.load_checkpoint(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+
+    def full(value, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left.*previous checkpoint is untouched"):
+        common.save_checkpoint(tmp_path / "last.pt", {"step": 2})
+    assert common.load_checkpoint(tmp_path / "last.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_rate_and_photos(room, monkeypatch, capsys):
+    build = train.METHODS["tdsa"].build
+
+    def broken(recipe, classes):
+        model = build(recipe, classes)
+        forward = model.forward
+
+        def poisoned(images, targets=None):
+            out = forward(images, targets)
+            return out if targets is None else (out[0] * float("nan"), out[1])
+
+        model.forward = poisoned
+        return model
+
+    monkeypatch.setattr(train.METHODS["tdsa"], "build", broken)
+    assert run("--method", "tdsa", *TINY) == 1
+    said = capsys.readouterr().err
+    assert "the loss is nan at step 0, lr" in said and "birds/train/" in said and "terms {" in said and len(said.splitlines()) == 1
+    assert not (room / "runs" / "tdsa-toy" / "last.pt").exists()
+
+
+def photo_folder(root, per_class=4, splits=("train", "test")):
+    """An image folder of three classes of coloured noise."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for c in range(3):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for i in range(per_class):
+                Image.fromarray(np.clip(rng.normal(60 + 60 * c, 20, (70, 90, 3)), 0, 255).astype(np.uint8)).save(root / split / f"class{c}" / f"{i}.JPG")
+    return root
+
+
+SMALL = ["--method", "tdsa", "--data", "folder", "--backbone", "toy", "--image-size", "64", "--resize", "64", "--epochs", "1", "--batch-size", "4"]
+
+
+def test_unreadable_photos_stop_the_run_or_are_left_out_and_listed(room, capsys):
+    photo_folder(room / "photos")
+    (room / "photos" / "train" / "class0" / "0.JPG").write_text("not a photo")
+    assert run(*SMALL, "--root", "photos", "--out", "a") == 2
+    assert "class0/0.JPG" in capsys.readouterr().err
+    assert run(*SMALL, "--root", "photos", "--out", "b", "--skip-bad-images", "--workers", 2) == 0
+    assert "class0/0.JPG" in train.read_run("b")["bad_images"][0]
+
+
+def test_a_run_refuses_other_classes_and_other_methods(room, capsys):
+    photo_folder(room / "photos")
+    assert run(*SMALL, "--root", "photos", "--out", "a") == 0
+    os.rename("photos/train/class2", "photos/train/zebra")
+    os.rename("photos/test/class2", "photos/test/zebra")
+    assert run("eval", "--run", "a") == 2
+    assert "other classes" in capsys.readouterr().err
+    info = train.read_run("a")
+    train.write_json(Path("a/run.json"), info | {"method": "tnet", "recipe": {}, "recipe_name": "toy"})
+    assert run("predict", "--run", "a", "photos") == 2
+    assert "checkpoint of tdsa" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_batch_accumulate_and_amp(room, monkeypatch, capsys):
+    def hungry(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes")
+
+    monkeypatch.setattr(train, "update", hungry)
+    assert run("--method", "tdsa", *TINY) == 1
+    assert "out of memory at batch 8" in (said := capsys.readouterr().err) and "--accumulate 2" in said and "--amp bf16" in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_in_bf16_and_in_two_parts(method, room):
+    assert run("--method", method, "--toy-train", 2, "--toy-test", 1, "--iterations", 1, "--batch-size", 8, "--amp", "bf16", "--accumulate", 2, "--ema", "0.5", "--grad-clip", "1", "--deterministic") == 0
+    torch.use_deterministic_algorithms(False)
+    assert np.isfinite(train.read_log(f"runs/{method}-toy/log.jsonl")[-1]["loss"])
+
+
+def test_an_accumulated_batch_gives_the_gradient_of_the_whole_batch(room):
+    """Frozen statistics do not exist in this ViT, so halves and the whole agree to rounding."""
+    flags = ["--method", "dcal", "--toy-train", 2, "--toy-test", 1, "--iterations", 2, "--batch-size", 8, "--no-pwca", "--drop-path", 0, "--hflip", 0]
+    assert run(*flags, "--out", "whole") == 0 and run(*flags, "--out", "parts", "--accumulate", 4) == 0
+    assert log_without_clock("parts")[-1]["loss"] == pytest.approx(log_without_clock("whole")[-1]["loss"], rel=1e-4)
+
+
+BAD = [  # command line, what the one line on stderr must say
+    ("fly --method tnet", "unknown action 'fly'"),
+    ("", "name a method"),
+    ("eval", "name a method"),
+    ("--method resnet", "unknown method 'resnet'"),
+    ("--method tnet --data birds", "unknown data 'birds'"),
+    ("--method dcal --data imagenet", "no recipe 'imagenet'"),
+    ("--method tnet --recipe nothing", "no recipe 'nothing'"),
+    ("--method tnet --epoch 3", "did you mean --epochs"),
+    ("--method tnet --learning-rate 3", "unknown argument --learning-rate"),
+    ("--method tnet --epochs many", "invalid int value: 'many'"),
+    ("--method tnet --epochs 1.5", "invalid int value: '1.5'"),
+    ("--method tnet --epochs", "expected one argument"),
+    ("--method tnet --epochs 0", "at least 1"),
+    ("--method tnet --batch-size 0", "at least 1"),
+    ("--method tnet --batch-size -4", "at least 1"),
+    ("--method tnet --accumulate 0", "at least 1"),
+    ("--method tnet --iterations -1", "at least"),
+    ("--method tnet --lr fast", "invalid float value"),
+    ("--method tnet --image-size 1,2,3", "image-size"),
+    ("--method tnet --image-size a", "image-size"),
+    ("--method tnet --crop-area 0.5,0.6,0.7", "crop-area"),
+    ("--method tnet --optimizer lion", "'lion' is not one of sgd, adam, adamw, radam"),
+    ("--method tnet --schedule linear", "'linear' is not one of"),
+    ("--method tnet --crop five", "'five' is not one of"),
+    ("--method tnet --amp int8", "'int8' is not one of"),
+    ("--method tnet --interpolation lanczos", "is not one of"),
+    ("--method tnet --normalize caffe", "is not one of"),
+    ("--method tnet --task detect", "is not one of"),
+    ("--method tnet --toy-preset dogs", "is not one of"),
+    ("--method tnet --train-split val", "is not one of"),
+    ("--method tnet --device tpu", "invalid choice"),
+    ("--method tnet --matmul-precision low", "invalid choice"),
+    ("--method tnet --data folder", "--root"),
+    ("--method tnet --data folder --root nowhere", "nowhere"),
+    ("--method tnet --data folder --root empty", "empty"),
+    ("--method tnet --data folder --root text.txt", "text.txt"),
+    ("--method tnet --data imagenet", "--root"),
+    ("--method tnet --data imagenet --root empty", "empty"),
+    ("--method tnet --data cub --root empty", "empty"),
+    ("--method tnet --data nabirds --root nowhere", "nowhere"),
+    ("--method tnet --data fmow --root empty", "empty"),
+    ("--method tdsa --data flowers --root empty", "empty"),
+    ("--method tdsa --data aircraft --root empty", "empty"),
+    ("--method tdsa --data cars --root empty", "empty"),
+    ("--method vit_fgvc --data dogs --root empty", "empty"),
+    ("--method vit_fgvc --data plant --root empty", "empty"),
+    ("--method dcal --data market1501 --root empty --weights none", "empty"),
+    ("--method dcal --data dukemtmc --root empty --weights none", "empty"),
+    ("--method dcal --data msmt17 --root empty --weights none", "empty"),
+    ("--method dcal --data veri776 --root empty --weights none", "empty"),
+    ("--method m2former --data cub --root text.txt", "text.txt"),
+    ("--method tnet --data imagenet --root empty --download", "imagenet"),
+    ("--method tnet --weights nowhere.pt", "nowhere.pt"),
+    ("--method tnet --weights text.txt", "text.txt"),
+    ("--method dcal --weights text.txt", "text.txt"),
+    ("--method dcal --weights nowhere", "nowhere"),
+    ("--method tdsa --weights text.txt", "text.txt"),
+    ("--method m2former --weights text.txt", "text.txt"),
+    ("--method vit_fgvc --weights text.txt", "text.txt"),
+    ("--method tnet --resume nowhere", "--resume"),
+    ("--resume nowhere", "no run folder"),
+    ("--resume empty", "no run folder"),
+    ("--resume text.txt", "no run folder"),
+    ("--resume brokenrun", "damaged"),
+    ("--run empty --method tnet", "--run"),
+    ("eval --run empty", "no run folder"),
+    ("eval --run brokenrun", "damaged"),
+    ("eval --method tnet", "no run folder"),
+    ("eval --resume empty", "no run folder"),
+    ("predict --run empty photo.png", "no run folder"),
+    ("figures --run empty", "no run folder"),
+    ("figures --method tdsa", "no run folder"),
+    ("profile", "name a method"),
+    ("profile --method tnet --data mars", "unknown data"),
+    ("profile --method tnet --against --nonsense", "expected one argument"),
+    ("profile --method tnet --against=--nonsense", "unknown argument --nonsense"),
+    ("profile --method tnet --rounds few", "invalid int value"),
+    ("table --method tnet --table 99", "no table '99'"),
+    ("table --table 1", "name a method"),
+    ("table --method tnet --table 1 --seeds a", "invalid literal"),
+    ("compare --seeds ,", "seeds"),
+    ("--method dcal --local-ratio 0", "local_ratio"),
+    ("--method dcal --local-ratio 1.5", "local_ratio"),
+    ("--method dcal --backbone resnet", "is not one of"),
+    ("--method dcal --image-size 65", "65"),
+    ("--method dcal --batch-size 1", "batch"),
+    ("--method dcal --infer best", "is not one of"),
+    ("--method dcal --weights default", "weights"),
+    ("--method tnet --locations many", "locations"),
+    ("--method tnet --locations 99", "locations"),
+    ("--method tnet --locations -1", "locations"),
+    ("--method tnet --select greedy", "is not one of"),
+    ("--method tnet --backbone vgg16", "is not one of"),
+    ("--method tdsa --loss focal", "is not one of"),
+    ("--method tdsa --xi 0", "xi"),
+    ("--method tdsa --backbone vgg19", "is not one of"),
+    ("--method tdsa --upsample lanczos", "is not one of"),
+    ("--method vit_fgvc --stages c", "is not one of"),
+    ("--method vit_fgvc --fusion sum", "is not one of"),
+    ("--method m2former --backbone vit", "is not one of"),
+    ("--method m2former --ctt mlp3", "is not one of"),
+    ("--method m2former --image-size 65", "65"),
+    ("--method tnet --toy-train -3", "toy-train"),
+    ("--method tnet --val-fraction 1.5", "val-fraction"),
+    ("--method tnet --ema 1.5", "ema"),
+    ("--method tnet --workers -1", "workers"),
+    ("--method tnet --save-every -1", "save-every"),
+    ("--method tnet --eval-every 0", "eval-every"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=[line or "nothing" for line, _ in BAD])
+def test_a_bad_command_line_ends_with_status_2_one_line_and_nothing_written(line, words, room, capsys):
+    (room / "empty").mkdir()
+    (room / "text.txt").write_text("hello")
+    (room / "brokenrun").mkdir()
+    (room / "brokenrun" / "run.json").write_text("{half")
+    before = sorted(room.rglob("*"))
+    assert run(*line.split(), *(["--toy-train", "2", "--toy-test", "1"] if "--method" in line and line.startswith("--") and "toy-train" not in line else [])) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("train.py: ") and words.lower() in said.lower().replace("_", "-").replace("local-ratio", "local_ratio") or words in said, said
+    assert sorted(room.rglob("*")) == before
