@@ -1194,9 +1194,9 @@ def compare(opts, world):
 
 def run_rows(opts, world, folder, title, metric, rows):
     """Train (method, name, overrides, paper) rows over seeds, each in its folder, and tabulate. What is finished is not run again."""
-    seeds = common.parse_tuple(int, opts.seeds)
-    if not seeds:
-        raise ValueError("--seeds needs at least one number, like 0,1,2")
+    if not opts.seeds.replace(",", "").isdigit():
+        raise ValueError(f"--seeds {opts.seeds}: give whole numbers with commas, like 0,1,2")
+    seeds = [int(s) for s in opts.seeds.split(",") if s]
     lines, done, lead = [], {}, world.rank == 0
     for method, name, overrides, paper in rows:
         one = copy.copy(opts)
