@@ -439,7 +439,7 @@ def build(recipe, num_classes):
         raise ValueError(f"--task {recipe.task} is not for vit_fgvc, which classifies; use dcal for re-identification")
     if recipe.fusion not in (*uses, "mean"):
         raise ValueError(f"--fusion {recipe.fusion} needs a stage that --stages {recipe.stages} leaves out; use {', '.join(uses)} or mean, or other stages")
-    if not recipe.weights or not len(recipe.phases) == len(recipe.head_lr) == len(recipe.encoder_lr) > 0:
+    if not len(recipe.phases) == len(recipe.head_lr) == len(recipe.encoder_lr) > 0:
         raise ValueError(f"--phases {recipe.phases}, --head-lr {recipe.head_lr} and --encoder-lr {recipe.encoder_lr} must have one value for each phase")
     if not 1 <= round(recipe.part_crop * recipe.encoder_size) <= recipe.encoder_size:
         raise ValueError(f"--part-crop {recipe.part_crop} is no share of the object image's side; use more than 0 and at most 1")
@@ -450,7 +450,7 @@ def build(recipe, num_classes):
         source = VIT_BASE_384 if recipe.weights == "default" and recipe.backbone == "vit_base" else recipe.weights
         held = common.load_vit(model.encoder, source)
         if "encoder.cls_token" in held:
-            common.load_state(model, held, heads=("head.",), source=source)
+            common.load_state(model, {k: v for k, v in held.items() if not k.startswith("encoder.")}, heads=("encoder.", "head."), source=source)
     return model
 
 
