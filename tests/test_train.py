@@ -60,6 +60,20 @@ def log_without_clock(folder):
     return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_second")} for entry in train.read_log(Path(folder) / "log.jsonl")]
 
 
+def photo_folder(root, per_class=4, splits=("train", "test")):
+    """An image folder of three classes of coloured noise."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for c in range(3):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for i in range(per_class):
+                Image.fromarray(np.clip(rng.normal(60 + 60 * c, 20, (70, 90, 3)), 0, 255).astype(np.uint8)).save(root / split / f"class{c}" / f"{i}.JPG")
+    return root
+
+
+SMALL = ["--method", "tdsa", "--data", "folder", "--backbone", "toy", "--image-size", "64", "--resize", "64", "--epochs", "1", "--batch-size", "4"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_action_runs_for_each_method_and_writes_its_files(method, room, capsys):
     assert run("--method", method, *TINY) == 0
@@ -194,17 +208,20 @@ def test_sigterm_while_saving_keeps_the_checkpoint_whole(room, monkeypatch):
     assert run("--resume", "cut") == 0
 
 
-def test_two_processes_finish_with_one_log_and_count_every_test_image_once(room):
-    """Global batch, learning rate and losses as in one process; 16 test images over 2 ranks, then 15 that two does not divide."""
-    flags = ["--method", "tnet", "--toy-train", "2", "--toy-test", "1", "--iterations", "3", "--batch-size", "8", "--select", "topk", "--out"]
-    assert run(*flags, "one", "--hflip", "0") == 0
+def test_two_processes_write_one_log_and_score_nine_test_images_once_each(room):
+    photo_folder(room / "photos", per_class=3)
+    flags = [*SMALL, "--root", "photos", "--iterations", "3", "--out"]
+    assert run(*flags, "one") == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 2000), str(HERE / "train.py")]
-    done = subprocess.run([*launch, *flags, "two", "--hflip", "0"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launch, *flags, "two"], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = log_without_clock("one"), log_without_clock("two")
-    assert len(two) == len(one) and two[-1]["step"] == 3 and done.stdout.count("result:") == 1
-    assert two[-1]["lr"] == one[-1]["lr"] and two[-1]["test"].keys() == one[-1]["test"].keys()
-    assert run("--resume", "two") == 2, "finished"
+    assert [(e["step"], e["lr"]) for e in one] == [(e["step"], e["lr"]) for e in two] and done.stdout.count("result:") == 1
+    assert sorted(p.name for p in Path("one").iterdir()) == sorted(p.name for p in Path("two").iterdir())
+    assert run("eval", "--run", "two") == 0
+    scores = json.loads(Path("two/eval.json").read_text())["rows"][0]
+    assert sum(n for _, n in scores["per_class"].values()) == 9
+    assert scores["scores"] == two[-1]["test"], "nine images over two processes give the numbers of one"
 
 
 WORKER = """
@@ -256,6 +273,30 @@ def test_two_processes_give_the_losses_and_weights_of_one_for_each_method(tmp_pa
         assert two[method]["loss"] == pytest.approx(one[method]["loss"], rel=1e-5), method
         for name, value in one[method]["weights"].items():
             torch.testing.assert_close(two[method]["weights"][name], value, atol=1e-5, rtol=1e-4, msg=lambda m: f"{method} {name}: {m}")
+
+
+DYING = """
+import os, sys, train
+real, calls = train.update, []
+def update(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 4:
+        raise ValueError("the second process has had enough")
+    return real(*args, **kwargs)
+train.update = update
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_dies_ends_the_others_and_one_process_goes_on_from_the_last_checkpoint(room):
+    (room / "dying.py").write_text(DYING)
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(33500 + os.getpid() % 2000), str(room / "dying.py")]
+    began = time.time()
+    done = subprocess.run([*launch, "--method", "tdsa", "--toy-train", "2", "--toy-test", "1", "--iterations", "6", "--batch-size", "8", "--save-every", "1", "--out", "dead"], capture_output=True, text=True, timeout=150, env=env)
+    assert done.returncode != 0 and "train.py: the second process has had enough" in done.stderr and time.time() - began < 100
+    assert last("dead")["step"] == 3, "the last checkpoint stays"
+    assert run("--resume", "dead") == 0 and last("dead")["step"] == 6
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
@@ -333,20 +374,6 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_rate_and_photos(room, m
     said = capsys.readouterr().err
     assert "the loss is nan at step 0, lr" in said and "birds/train/" in said and "terms {" in said and len(said.splitlines()) == 1
     assert not (room / "runs" / "tdsa-toy" / "last.pt").exists()
-
-
-def photo_folder(root, per_class=4, splits=("train", "test")):
-    """An image folder of three classes of coloured noise."""
-    rng = np.random.default_rng(0)
-    for split in splits:
-        for c in range(3):
-            (root / split / f"class{c}").mkdir(parents=True)
-            for i in range(per_class):
-                Image.fromarray(np.clip(rng.normal(60 + 60 * c, 20, (70, 90, 3)), 0, 255).astype(np.uint8)).save(root / split / f"class{c}" / f"{i}.JPG")
-    return root
-
-
-SMALL = ["--method", "tdsa", "--data", "folder", "--backbone", "toy", "--image-size", "64", "--resize", "64", "--epochs", "1", "--batch-size", "4"]
 
 
 def test_unreadable_photos_stop_the_run_or_are_left_out_and_listed(room, capsys):
