@@ -90,9 +90,7 @@ def load(name, root, recipe):
     """
     if name not in DATASETS:
         raise ValueError(f"--data {name}: no such dataset; choose one of {', '.join(DATASETS)}; for own photos use --data folder")
-    check_input(recipe)
-    if not 0 <= recipe.val_fraction < 1:
-        raise ValueError(f"--val-fraction {recipe.val_fraction}: must be at least 0 and below 1; try 0.1")
+    test_view((1, 1), recipe)  # refuses sizes that do not fit
     if name != "toy":
         if root is None:
             raise ValueError(f"--data {name} needs a folder; add --root DIR (the unpacked dataset), or try --data toy, which needs none")
@@ -210,7 +208,7 @@ def object_region(box, size, context=False):
 def test_view(size, recipe, region=None):
     """The test transform of a photo of size (h, w): resize to recipe.resize, centre crop of image_size -> view."""
     (H, W), scaled = recipe.image_size, recipe.resize if any(recipe.resize) else recipe.image_size
-    if min(H, W) < 1 or scaled[0] < H or scaled[1] < W:
+    if scaled[0] < H or scaled[1] < W:
         raise ValueError(f"--resize {scaled[0]},{scaled[1]} is smaller than --image-size {H},{W}; give at least {H},{W}, or 0,0")
     return region or (0, 0, size[1], size[0]), tuple(scaled), (round((scaled[0] - H) / 2), round((scaled[1] - W) / 2))
 
@@ -314,20 +312,6 @@ def erase(pixels, normalize, rng):
             return
 
 
-def check_input(recipe):
-    """Raises ValueError for input settings that make no sense."""
-    limits = dict.fromkeys(("hflip", "affine_prob", "jitter_prob", "erasing", "translate"), 1) | {"rotate": 180, "hue": 0.5}
-    limits |= dict.fromkeys(("pad", "brightness", "contrast", "saturation", "toy_train", "toy_test"), math.inf)
-    for name, most in limits.items():
-        if not 0 <= getattr(recipe, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be " + (f"from 0 to {most}" if most < math.inf else "0 or more") + "; 0 switches it off")
-    for name, most in (("crop_area", 1), ("crop_ratio", math.inf), ("zoom", math.inf)):
-        low, high = getattr(recipe, name)
-        if not 0 < low <= high <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {low},{high}: must be LEAST,MOST, above 0" + (f" and at most {most}" if most < math.inf else "") + "; try 1,1")
-    test_view((1, 1), recipe)  # checks the sizes
-
-
 class Photos(torch.utils.data.Dataset):
     """A split as tensors: item -> (uint8 image (3, H, W), label, index, size (h, w) of the photo).
 
@@ -336,7 +320,7 @@ class Photos(torch.utils.data.Dataset):
     """
 
     def __init__(self, split, recipe, train, seed=0):
-        check_input(recipe)
+        test_view((1, 1), recipe)  # refuses sizes that do not fit
         self.split, self.recipe, self.train, self.seed = split, recipe, train, seed
         if recipe.boxes and split.boxes is None:
             raise ValueError("--boxes: this dataset has no object boxes; leave --boxes out")
@@ -365,7 +349,7 @@ class Photos(torch.utils.data.Dataset):
         if split.images is None:
             image = _try(split.paths[index], _decode, image, draft_size(size, view), split.upright)
         if self.train and recipe.interpolation == "random":
-            resample = list(Image.Resampling)[rng.integers(len(Image.Resampling))]
+            resample = Image.Resampling(rng.integers(6))  # nearest, lanczos, bilinear, bicubic, box, hamming; newer Pillows have more
         else:
             resample = FILTERS.get(recipe.interpolation, Image.Resampling.BILINEAR)
         image = cut_view(image, size, view, recipe, resample)
@@ -474,7 +458,7 @@ def load_imagenet(root, recipe):
         table = beside("LOC_val_solution.csv")
         if table is None:
             raise FileNotFoundError(f"{base / 'val'} has no class folders and LOC_val_solution.csv is not there; put Kaggle's file into {base}, or sort the photos into val/WNID/")
-        wnid = {row[0]: row[1].split()[0] for row in csv.reader(open(table, newline="")) if row and row[0] != "ImageId"}
+        wnid = {row[0]: row[1].split()[0] for row in csv.reader(table.read_text().splitlines()) if row and row[0] != "ImageId"}
         label, paths = {w: i for i, w in enumerate(wnids)}, photos_in(base / "val")
         missing = [p for p in paths if wnid.get(Path(p).stem) not in label]
         if missing or not paths:
@@ -485,8 +469,7 @@ def load_imagenet(root, recipe):
         names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # in the order of the sorted wnids
     elif mapping:
         names = {line.split()[0]: line.split(maxsplit=1)[1].split(",")[0].strip() for line in mapping.read_text().splitlines() if " " in line.strip()}
-    splits = Splits(train, test, [names.get(w, w) for w in wnids])
-    return splits
+    return Splits(train, test, [names.get(w, w) for w in wnids])
 
 
 # ------------------------------------------------------------------------------------------------ the papers' datasets
@@ -505,19 +488,23 @@ class Source:
     into: str = ""  # the folder in --root into which the archives unpack
 
 
-CALTECH, OXFORD, STANFORD = "https://data.caltech.edu/records/65de6-vp158", "https://www.robots.ox.ac.uk/~vgg/data", "http://vision.stanford.edu/aditya86/ImageNetDogs"
+CALTECH, OXFORD = "https://data.caltech.edu/records/65de6-vp158", "https://www.robots.ox.ac.uk/~vgg/data"
+STANFORD = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 BIRD_FILES = ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt", "bounding_boxes.txt")
-PERSON_FOLDERS = (("bounding_box_train", "query", "bounding_box_test"),)
+VARIANTS = tuple(f"images_variant_{side}.txt" for side in ("train", "val", "trainval", "test"))
+PERSON_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 SOURCES = {
     "cub": Source(CALTECH, ("CUB_200_2011",), (BIRD_FILES,), (
         ("CUB_200_2011.tgz", 1150585339, "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081", f"{CALTECH}/files/CUB_200_2011.tgz"),)),
-    "cars": Source("a mirror (the official pages are gone since 2023, see pytorch/vision#7545)", ("stanford_cars",), (
-        ("cars_annos.mat", "car_ims"), ("devkit", "cars_train", "cars_test"), ("cars_train", "cars_test"), ("train", "test")), (
-        ("cars_train.tgz", 979269282, "065e5b463ae28d29e77c1b4b166cfe61", ""), ("cars_test.tgz", 977350468, "4ce7ebf6a94d07f1952d94dd34c4d501", ""),
-        ("car_devkit.tgz", 330960, "c3b158d763b6e2245038c8ad08e45376", ""), ("cars_test_annos_withlabels.mat", 185758, "b0a2b23655a3edd16d84508592a98d10", "")), "stanford_cars"),
-    "aircraft": Source(f"{OXFORD}/fgvc-aircraft", ("data", "fgvc-aircraft-2013b/data"), (
-        ("images", "variants.txt", "images_box.txt", "images_variant_train.txt", "images_variant_val.txt", "images_variant_trainval.txt", "images_variant_test.txt"),), (
-        ("fgvc-aircraft-2013b.tar.gz", 0, "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75", f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),)),
+    "cars": Source("a mirror (the official pages are gone since 2023, see pytorch/vision#7545)", ("stanford_cars",),
+        (("devkit", "cars_train", "cars_test"), ("cars_annos.mat", "car_ims"), ("cars_train", "cars_test"), ("train", "test")), (
+        ("cars_train.tgz", 979269282, "065e5b463ae28d29e77c1b4b166cfe61", ""),
+        ("cars_test.tgz", 977350468, "4ce7ebf6a94d07f1952d94dd34c4d501", ""),
+        ("car_devkit.tgz", 330960, "c3b158d763b6e2245038c8ad08e45376", ""),
+        ("cars_test_annos_withlabels.mat", 185758, "b0a2b23655a3edd16d84508592a98d10", "")), "stanford_cars"),
+    "aircraft": Source(f"{OXFORD}/fgvc-aircraft", ("fgvc-aircraft-2013b/data", "data"), (("images", "variants.txt", "images_box.txt", *VARIANTS),), (
+        ("fgvc-aircraft-2013b.tar.gz", 0, "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75",
+         f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),)),
     "flowers": Source(f"{OXFORD}/flowers/102", ("flowers-102",), (("jpg", "imagelabels.mat", "setid.mat"),), (
         ("102flowers.tgz", 344862509, "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246", f"{OXFORD}/flowers/102/102flowers.tgz"),
         ("imagelabels.mat", 502, "e0620be6f572b9609742df49c70aed4d", f"{OXFORD}/flowers/102/imagelabels.mat"),
@@ -526,16 +513,17 @@ SOURCES = {
         ("images.tar", 793579520, "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", f"{STANFORD}/images.tar"),
         ("annotation.tar", 21852160, "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd", f"{STANFORD}/annotation.tar"),
         ("lists.tar", 481280, "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", f"{STANFORD}/lists.tar")), "ImageNetDogs"),
-    "nabirds": Source("https://dl.allaboutbirds.org/nabirds (a form to agree to)", ("nabirds", "nabirds/nabirds"), (BIRD_FILES,), (("nabirds.tar.gz", 0, "df21a9e4db349a14e2b08adfd45873bd", ""),)),
-    "plant": Source("Kaggle: plant-pathology-2020-fgvc7 (4 classes), or iCassava 2019 = cassava-disease, the 5 classes that the paper's Table 1 counts",
-        ("plant-pathology-2020-fgvc7", "cassavaleafdata", "cassava-disease"), (("train.csv", "images"), ("train/cbb", "train/cbsd", "train/cgm", "train/cmd", "train/healthy")), (
-        ("plant-pathology-2020-fgvc7.zip", 0, "", ""), ("cassavaleafdata.zip", 1354096203, "8ae63d2ef7dee0899d252a748523e603f97e2ae7022f103f92fc42a9fce74d95", ""))),
-    "fmow": Source("s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, about 200 GB; aws s3 sync --no-sign-request)", ("fmow-rgb", "fmow"), (("train", "val"),)),
-    "market1501": Source("its authors (Zheng et al., ICCV 2015)", ("Market-1501-v15.09.15",), PERSON_FOLDERS, (("Market-1501-v15.09.15.zip", 0, "65005ab7d12ec1c44de4eeafe813e68a", ""),)),
-    "dukemtmc": Source("nobody: its authors withdrew it in 2019; a copy you hold is read", ("DukeMTMC-reID",), PERSON_FOLDERS, (("DukeMTMC-reID.zip", 0, "", ""),)),
-    "msmt17": Source("its authors (Wei et al., CVPR 2018; a form to agree to; version 1)", ("MSMT17_V1",), (("train", "test", "list_train.txt", "list_query.txt", "list_gallery.txt"),), (
-        ("MSMT17_V1.tar.gz", 0, "", ""),)),
-    "veri776": Source("its authors (Liu et al., ICME 2016; by e-mail)", ("VeRi",), (("image_train", "image_query", "image_test"),), (("VeRi.zip", 0, "", ""),)),
+    "nabirds": Source("https://dl.allaboutbirds.org/nabirds (a form to agree to)", ("nabirds", "nabirds/nabirds"), (BIRD_FILES,), (
+        ("nabirds.tar.gz", 0, "df21a9e4db349a14e2b08adfd45873bd", ""),)),
+    "plant": Source("Kaggle: plant-pathology-2020-fgvc7 (4 classes), or cassava-disease, that is iCassava 2019 (the 5 classes of the paper's Table 1)",
+        ("plant-pathology-2020-fgvc7", "cassavaleafdata", "cassava-disease"), (("train.csv", "images"), tuple(f"train/{kind}" for kind in ("cbb", "cbsd", "cgm", "cmd", "healthy"))), (
+        ("cassavaleafdata.zip", 1354096203, "8ae63d2ef7dee0899d252a748523e603f97e2ae7022f103f92fc42a9fce74d95", ""),)),
+    "fmow": Source("s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, about 200 GB; with aws s3 sync --no-sign-request)", ("fmow-rgb", "fmow"), (("train", "val"),)),
+    "market1501": Source("its authors (Zheng et al., ICCV 2015)", ("Market-1501-v15.09.15",), (PERSON_FOLDERS,), (
+        ("Market-1501-v15.09.15.zip", 0, "65005ab7d12ec1c44de4eeafe813e68a", ""),)),
+    "dukemtmc": Source("none, its authors withdrew it in 2019; a copy that you hold is read", ("DukeMTMC-reID",), (PERSON_FOLDERS,), (("DukeMTMC-reID.zip", 0, "", ""),)),
+    "msmt17": Source("its authors (Wei et al., CVPR 2018; a form to agree to; version 1)", ("MSMT17_V1",), (("train", "test", "list_train.txt", "list_query.txt", "list_gallery.txt"),)),
+    "veri776": Source("its authors (Liu et al., ECCV 2016; by e-mail)", ("VeRi",), (("image_train", "image_query", "image_test"),)),
 }
 DOWNLOADS = {name: source.archives for name, source in SOURCES.items() if source.archives and all(url for *_, url in source.archives)}
 
@@ -543,27 +531,30 @@ DOWNLOADS = {name: source.archives for name, source in SOURCES.items() if source
 def find(name, root):
     """The folder of dataset `name`: root or root/<official folder>. Raises FileNotFoundError that says what is missing and where to get it."""
     root, source = Path(root), SOURCES[name]
-    best = None
+    tried = []  # (number of files found, folder, files missing)
     for base in (root, *(root / folder for folder in source.folders)):
         for layout in source.layouts:
             lost = [file for file in layout if not (base / file).exists()]
             if not lost:
                 return base
-            if best is None or len(layout) - len(lost) > best[0]:
-                best = len(layout) - len(lost), base, lost
-    given = f"{best[1]} lacks {', '.join(best[2])}" if best[0] else f"found it neither in {root} nor in {' nor '.join(str(root / f) for f in source.folders)}"
+            tried.append((len(layout) - len(lost), str(base), lost))
+    found, base, lost = max(tried, key=lambda t: t[0])
+    given = f"{base} lacks {', '.join(lost)}" if found else f"it is not in {' nor in '.join(dict.fromkeys(base for _, base, _ in tried))}"
     layouts = " or ".join(f"{source.folders[0]}/{{{', '.join(layout)}}}" for layout in source.layouts)
-    raise FileNotFoundError(f"--data {name}: {given}; the layout is {layouts}; " + how_to_get(name, root))
+    raise FileNotFoundError(f"--data {name}: {given}; the layout is {layouts}; {how_to_get(name, root)}")
 
 
 def how_to_get(name, root):
     """Where to ask for a dataset, its archives with size and hash, and the commands that unpack them."""
-    source, text, target = SOURCES[name], [], Path(root) / SOURCES[name].into
-    for file, size, digest, url in source.archives:
+    source, listed, commands = SOURCES[name], [], []
+    for file, size, digest, _ in source.archives or (("ARCHIVE", 0, "", ""),):
         facts = [f"{size:,} bytes"] * bool(size) + [f"{hash_kind(digest)} {digest}"] * bool(digest)
-        text.append(file + (f" ({', '.join(facts)})" if facts else ""))
-    commands = [f"unzip {file} -d {target}" if file.endswith(".zip") else f"tar -xf {file} -C {target}" for file, *_ in source.archives if not file.endswith(".mat")]
-    return (f"get it from {source.page}" + (f": {', '.join(text)}; unpack: {' && '.join(commands)}" if text else "") + ("; or add --download" if name in DOWNLOADS else ""))
+        listed += [f"{file} ({', '.join(facts)})" if facts else file]
+        if not file.endswith(".mat"):
+            commands.append(f"{'unzip {} -d {}' if file.endswith('.zip') else 'tar -xf {} -C {}'}".format(file, Path(root) / source.into))
+    commands = ([f"mkdir -p {Path(root) / source.into}"] if source.into else []) + commands
+    unpacking = f"{', '.join(listed)}; {' && '.join(commands)}" if name != "fmow" else "no archive: a tree of files"
+    return f"source: {source.page}: {unpacking}" + ("; or add --download" if name in DOWNLOADS else "")
 
 
 def read_mat(source):
@@ -716,18 +707,20 @@ def four(text):
 
 
 def mat_values(path, *names):
-    """Variables ("labels") and fields of struct arrays ("annotations.class") of a .mat file, each as a list of ints and texts."""
+    """Variables ("labels") and fields of struct arrays ("annotations.class") of a .mat file, each as a list of ints, or of texts for names."""
     held, columns = read_mat(path), []
     for name in names:
-        value = held
+        value, kind = held, str if name.endswith(("name", "_path", "_list", "_names")) else int
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{path} has no {name}; {AGAIN}")
         try:
             columns.append([v if isinstance(v, str) else int(np.asarray(v).item()) for v in value.ravel(order="F")])
+            if not all(isinstance(v, kind) for v in columns[-1]):
+                raise TypeError
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}: {name} does not hold one number or text a photo; {AGAIN}") from None
+            raise ValueError(f"{path}: {name} does not hold one {'text' if kind is str else 'number'} each; {AGAIN}") from None
     return columns
 
 
@@ -736,7 +729,7 @@ def load_birds(name, root, recipe):
     base = find(name, root)
     paths = rows(base / "images.txt")
     ids = sorted(paths, key=lambda i: (len(i), i))
-    class_ids, train = column(base / "image_class_labels.txt", ids, int), column(base / "train_test_split.txt", ids, int)
+    class_ids, train = column(base / "image_class_labels.txt", ids, int), column(base / "train_test_split.txt", ids, ("0", "1").index)
     used = sorted(set(class_ids))
     classes = [re.sub(r"^\d+\.", "", c).replace("_", " ") for c in column(base / "classes.txt", [str(i) for i in used])]
     boxes = np.array(column(base / "bounding_boxes.txt", ids, four), np.float32).reshape(-1, 4)
@@ -748,7 +741,7 @@ def load_birds(name, root, recipe):
 
 def bird_parts(base, ids, boxes):
     """parts/part_locs.txt as boxes: squares about each visible point, a tenth of the object box's longer side (at least a pixel) to each
-    side, so that a place is in the part exactly when PCK at 0.1 counts it as correct."""
+    side, which is the distance that PCK at 0.1 allows; nan where not visible."""
     file = base / "parts/part_locs.txt"
     if not file.exists():
         return {}
@@ -811,7 +804,6 @@ def load_aircraft(root, recipe):
 def load_flowers(root, recipe):
     """Flowers-102: trained on trnid and valid (or trnid alone), tested on tstid; some copies of the code swap them."""
     base = find("flowers", root)
-
     labels, = mat_values(base / "imagelabels.mat", "labels")
 
     def split(*names):
@@ -828,21 +820,18 @@ def load_dogs(root, recipe):
     """Stanford Dogs: train_list and test_list (.mat, or .txt with a path first on each line); boxes from Annotation, the largest dog of a photo."""
     base = find("dogs", root)
 
-    def listed(file):
-        if file.exists():
-            return mat_values(file, "file_list")[0]
-        return list(rows(file.with_suffix(".txt")))
+    def listed(side):
+        file = base / f"{side}_list.mat"
+        return sorted(mat_values(file, "file_list")[0] if file.exists() else rows(file.with_suffix(".txt")))
 
-    files = {side: sorted(listed(base / f"{side}_list.mat")) for side in ("train", "test")}
-    folders = sorted({file.split("/")[0] for side in files.values() for file in side})
-    label = {folder: i for i, folder in enumerate(folders)}
+    def split(files):
+        boxes = np.array([dog_box(base / "Annotation" / file.rsplit(".", 1)[0]) for file in files], np.float32) if (base / "Annotation").exists() else None
+        return Split([str(base / "Images" / file) for file in files], [label[file.split("/")[0]] for file in files], boxes)
 
-    def split(side):
-        boxes = np.array([dog_box(base / "Annotation" / file.rsplit(".", 1)[0]) for file in side], np.float32) if (base / "Annotation").exists() else None
-        return Split([str(base / "Images" / file) for file in side], [label[file.split("/")[0]] for file in side], boxes)
-
-    return Splits(split(files["train"]), split(files["test"]), [f.partition("-")[2].replace("_", " ") for f in folders],
-                  note="all its photos, those of the test too, are in ImageNet's training set: weights trained there have seen them")
+    train, test = listed("train"), listed("test")
+    label = {folder: i for i, folder in enumerate(sorted({file.split("/")[0] for file in train + test}))}
+    classes = [folder.partition("-")[2].replace("_", " ") for folder in label]
+    return Splits(split(train), split(test), classes, note="all its photos, those of the test too, are in ImageNet's training set: weights trained there have seen them")
 
 
 def dog_box(path):
@@ -872,7 +861,7 @@ def load_plant(root, recipe):
     with open(table, newline="", encoding="utf-8-sig") as file:
         (head, *classes), *lines = [line for line in csv.reader(file) if line] or [[""]]
     if head != "image_id":
-        raise ValueError(f"{table} begins with {head!r}, not image_id: it is not Plant Pathology 2020 (the set of 2021 has several labels a photo); use that of 2020, or iCassava 2019")
+        raise ValueError(f"{table} begins with {head!r}, not image_id: not Plant Pathology 2020 (that of 2021 has several labels a photo); use that of 2020, or iCassava 2019")
     labels = {}
     for image, *marks in lines:
         if sorted(marks) != ["0"] * (len(classes) - 1) + ["1"] or image in labels:
@@ -904,10 +893,11 @@ def load_fmow(root, recipe):
     if not mapping.exists():
         return Splits(train, val, classes, note="there is no test_gt_mapping.json: val is the test split")
     try:
-        pairs = [(PurePosixPath(pair["input"]), pair["output"]) for pair in json.loads(mapping.read_text())]
+        pairs = [(PurePosixPath(pair["input"]), PurePosixPath(pair["output"])) for pair in json.loads(mapping.read_text())]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{mapping} is no list of input and output; {AGAIN}") from None
-    test = split((p, given.parent.name, base / given / f"{given.name}_{p.stem.split('_', 1)[1]}.json") for given, output in pairs for p in (base / output).glob("*_rgb.jpg"))
+    photos = [(p, given) for given, output in pairs for p in (base / output).glob("*_rgb.jpg")]
+    test = split((p, given.parent.name, base / given / f"{given.name}_{p.stem.split('_', 1)[1]}.json") for p, given in photos)
     return Splits(train, test, classes, val)
 
 
@@ -924,9 +914,11 @@ def fmow_box(path, category):
 
 
 def download(name, root):
-    """Fetch the official archives of `name` into `root`, check their hashes and unpack them; returns the dataset's folder. What is there already stays."""
+    """Fetch the official archives of `name` into the folder `root`, check their hashes and unpack them, unless that is done -> the dataset's folder."""
     if name not in DOWNLOADS:
-        raise ValueError(f"--download can fetch {', '.join(DOWNLOADS)}" + (f", not {name}: {how_to_get(name, root)}" if name in SOURCES else f", not {name}; unpack it yourself and give --root"))
+        raise ValueError(f"--download can fetch {', '.join(DOWNLOADS)}, not {name}; " + (how_to_get(name, root or "DIR") if name in SOURCES else "leave it out"))
+    if root is None:
+        raise ValueError(f"--download needs a folder to unpack {name} into; add --root DIR")
     folder = Path(root) / SOURCES[name].into
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / f"{name}.unpacking"  # is there while an unpacking has begun and not ended
@@ -968,9 +960,10 @@ def fetch_archive(url, path, digest):
                 hashed.update(block)
                 done += target.write(block)
                 if sys.stderr.isatty():
-                    print(f"\r{path.name}: {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB", end="", file=sys.stderr)
+                    print(f"{path.name}: {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB", end="\r" if done < total else "\n", file=sys.stderr)
         if hashed.hexdigest() != digest:
-            raise ValueError(f"{url} gave {done:,} bytes with hash {hashed.hexdigest()} instead of {digest}: cut short or not the official file; nothing was kept: run it again, or fetch it by hand to {path}")
+            raise ValueError(f"{url} gave {done:,} bytes with hash {hashed.hexdigest()} instead of {digest}: cut short or not the official file; "
+                             f"nothing was kept: run it again, or fetch it by hand to {path}")
         os.replace(part, path)
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(f"could not download {url} ({error}); run it again, or fetch it by hand to {path}") from None

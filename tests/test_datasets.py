@@ -284,6 +284,7 @@ def test_the_order_of_cub_s_lines_does_not_matter_and_missing_parts_are_none(tmp
     ("image_class_labels.txt", lambda t: t.replace("4 2\n", ""), r"image_class_labels.txt has no line for 4"),
     ("image_class_labels.txt", lambda t: t.replace("4 2\n", "4 7\n"), r"classes.txt has no line for 7"),
     ("image_class_labels.txt", lambda t: t.replace("4 2\n", "4 two\n"), r"image_class_labels.txt: cannot read the line of 4: 'two'"),
+    ("train_test_split.txt", lambda t: t.replace("4 1", "4 2"), r"train_test_split.txt: cannot read the line of 4: '2'"),
     ("bounding_boxes.txt", lambda t: t.replace("4 10.5 3.0", "4 10.5"), r"bounding_boxes.txt: cannot read the line of 4"),
     ("parts/part_locs.txt", lambda t: t + "1 4 1.0 1.0 1\n", r"part_locs.txt, line 6: '1 4 1.0 1.0 1' is not"),
     ("images.txt", lambda t: t.replace("S_0003", "S_0001"), r"S_0001.jpg is listed twice"),
@@ -313,6 +314,7 @@ def test_a_wrong_root_says_what_is_missing_and_where_to_get_it(tmp_path):
         for file, size, digest, _ in source.archives:
             assert file in text and digest in text and (not size or f"{size:,} bytes" in text)
             assert file.endswith(".mat") or f"{file} -{'d' if file.endswith('.zip') else 'C'} {tmp_path / 'empty'}" in text
+        assert ("tar -xf" in text or "unzip" in text) == (name != "fmow")
         assert ("--download" in text) == (name in ("cub", "flowers", "aircraft", "dogs"))
     base = cub(tmp_path / "CUB_200_2011")
     (base / "classes.txt").unlink()
@@ -426,6 +428,10 @@ def test_cars_in_the_combined_layout(tmp_path):
     write(tmp_path / "cars_annos.mat", mat(annotations=table, class_names=class_names[:100]))
     with pytest.raises(ValueError, match="000003.jpg has class number 129, but there are 100 classes"):
         load("cars", tmp_path)
+    for damage in ({"class": ["two", one(1), one(2)]}, {"test": [np.zeros((1, 2)), one(1), one(2)]}, {"relative_im_path": [one(1), files[1], files[2]]}):
+        write(tmp_path / "cars_annos.mat", mat(annotations=table | damage, class_names=class_names))
+        with pytest.raises(ValueError, match=f"cars_annos.mat: annotations.{list(damage)[0]} does not hold one (number|text) each"):
+            load("cars", tmp_path)
 
 
 @pytest.mark.parametrize("train, test", [("cars_train", "cars_test"), ("train", "test")])
@@ -853,10 +859,12 @@ def test_download_of_other_sets_says_where_to_get_them(tmp_path):
         "aircraft": ["https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"],
         "flowers": [f"https://www.robots.ox.ac.uk/~vgg/data/flowers/102/{f}" for f in ("102flowers.tgz", "imagelabels.mat", "setid.mat")],
         "dogs": [f"http://vision.stanford.edu/aditya86/ImageNetDogs/{f}.tar" for f in ("images", "annotation", "lists")]}
-    with pytest.raises(ValueError, match="can fetch cub, aircraft, flowers, dogs, not market1501: get it from its authors.*65005ab7d12ec1c44de4eeafe813e68a"):
+    with pytest.raises(ValueError, match="can fetch cub, aircraft, flowers, dogs, not market1501; source: its authors.*65005ab7d12ec1c44de4eeafe813e68a"):
         data.download("market1501", tmp_path)
-    with pytest.raises(ValueError, match="not toy"):
+    with pytest.raises(ValueError, match="not toy; leave it out"):
         data.download("toy", tmp_path)
+    with pytest.raises(ValueError, match="add --root DIR"):
+        data.download("cub", None)
     assert everything(tmp_path) == {}
 
 
