@@ -723,35 +723,36 @@ def load_weights(model, recipe):
 
 
 def swin_names(state):
-    """Microsoft's names of Swin's weights -> torchvision's; others pass. Constants that torchvision computes itself are left out."""
+    """Microsoft's names of Swin's weights -> torchvision's; files of others pass."""
+    if not any(name.startswith("layers.") for name in state):
+        return state
     renamed = {}
     for name, tensor in state.items():
-        if name.startswith(("layers.", "patch_embed.")) and "attn_mask" in name:
-            continue
         name = re.sub(r"^layers\.(\d)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", name)
         name = re.sub(r"^layers\.(\d)\.downsample", lambda m: f"features.{2 * int(m[1]) + 2}", name)
-        if name.startswith("features."):
-            name = name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3")
-        renamed[name.replace("patch_embed.norm", "features.0.2")] = tensor
-    if "features.0.2.weight" in renamed:
-        renamed = {name.replace("patch_embed.proj", "features.0.0"): tensor for name, tensor in renamed.items()}
+        for theirs, ours in (("patch_embed.proj", "features.0.0"), ("patch_embed.norm", "features.0.2"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3")):
+            name = name.replace(theirs, ours)
+        if not name.endswith("attn_mask"):  # a constant that torchvision does not keep
+            renamed[name] = tensor.flatten() if name.endswith("relative_position_index") else tensor
     return renamed
 
 
 def fit_positions(state, own, how):
     """Position tables of a file -> the sizes of `own`: MViTv2's resized linearly, Swin's bicubically, or taken from `own` (reinit)."""
-    fitted = {}
-    for name, tensor in state.items():
-        if name in own and name.endswith("relative_position_index"):
-            tensor = own[name]  # a constant of the window
-        elif name in own and tensor.shape[-1:] == own[name].shape[-1:] and len(tensor) != len(own[name]):
-            if name.endswith(("rel_pos_h", "rel_pos_w")):
-                tensor = resize_rel_pos(tensor.float(), len(own[name])) if how == "interpolate" else own[name]
-            elif name.endswith("relative_position_bias_table"):
-                old, new = (round(len(t) ** 0.5) for t in (tensor, own[name]))
-                resized = F.interpolate(tensor.float().T.unflatten(1, (old, old))[None], size=(new, new), mode="bicubic", align_corners=False)
-                tensor = resized[0].flatten(1).T if how == "interpolate" else own[name]
-        fitted[name] = tensor
+    fitted = dict(state)
+    for name in state.keys() & own.keys():
+        old, new, kind = state[name], own[name], name.rsplit(".", 1)[-1]
+        if kind == "relative_position_index":  # a constant of the window
+            fitted[name] = new
+        elif kind in ("rel_pos_h", "rel_pos_w", "relative_position_bias_table") and len(old) != len(new) and old.shape[1] == new.shape[1]:
+            if how == "reinit":
+                fitted[name] = new
+            elif kind == "relative_position_bias_table":  # (side * side, heads)
+                side, new_side = round(len(old) ** 0.5), round(len(new) ** 0.5)
+                maps = old.float().T.unflatten(1, (side, side))[None]
+                fitted[name] = F.interpolate(maps, size=(new_side, new_side), mode="bicubic", align_corners=False)[0].flatten(1).T
+            else:
+                fitted[name] = resize_rel_pos(old.float(), len(new))
     return fitted
 
 
