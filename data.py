@@ -1258,10 +1258,11 @@ def background(rng, preset, colours, length, side):
         hue = rng.random() if rng.random() < 0.4 else rng.uniform(0.08, 0.4)
         colour, at, angle = hsv(hue, rng.uniform(0.1, 0.6), rng.uniform(0.2, 0.85)), rng.random(2), rng.uniform(0, math.pi)
         if rng.random() < 0.45:  # a branch
-            reach = rng.uniform(0.1, 0.45) * np.array([math.cos(angle), math.sin(angle)])
-            draw.line([*((at - reach) * side), *((at + reach) * side)], ints(colour), max(1, int(rng.uniform(0.008, 0.03) * side)))
-        else:
-            paint(draw, (ellipse(*at, rng.uniform(0.03, 0.12), rng.uniform(0.015, 0.05), angle, 10)) * side, colour)
+            half, thick = rng.uniform(0.1, 0.45), rng.uniform(0.004, 0.015)
+            shape = np.array([(-half, -thick), (half, -thick), (half, thick), (-half, thick)])
+        else:  # a leaf
+            shape = ellipse(0, 0, rng.uniform(0.03, 0.12), rng.uniform(0.015, 0.05), 0, 10)
+        paint(draw, (turn(shape, angle) + at) * side, colour)
     for _ in range(preset.blobs):
         at, angle, scale = rng.random(2), rng.uniform(0, 6.3), length * rng.uniform(0.7, 1.3)
         colour = colours[("pale", "dark", "beak")[rng.integers(3)]]
