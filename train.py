@@ -1210,8 +1210,8 @@ def run_rows(opts, world, folder, title, metric, rows):
             lines.append((method, name, paper, None, f"as row {done[key]} on {opts.data}"))
             continue
         done[key] = name
+        slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
         for seed in seeds:
-            slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
             one.seed, one.out, one.resume = seed, str(folder / f"{method}-{slug}-seed{seed}"), None
             try:
                 results.append(finish_row(one, world))
@@ -1223,26 +1223,31 @@ def run_rows(opts, world, folder, title, metric, rows):
         lines.append((method, name, paper, results, "" if results else problem))
         if lead:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f"{method}-{''.join(c if c.isalnum() else '-' for c in name.lower()).strip('-')}.json", {
-                "table": title, "row": name, "method": method, "overrides": overrides, "data": opts.data, "paper": paper, "metric": metric, "seeds": list(seeds),
+            write_json(folder / f"{method}-{slug}.json", {
+                "table": title, "row": name, "method": method, "overrides": overrides, "data": opts.data, "paper": paper, "metric": metric, "seeds": seeds,
                 "results": results, "problem": "" if results else problem, "command": opts.command, "device": device_name(world)})
     if not lead:
         return
     head = ["row", "paper", f"ours (last epoch, {opts.data})", "seconds", "pointing at signature parts", "object box IoU", "M parameters", "GMACs", "ms/image"]
-    cells = [head]
+    cells, kept = [head], []
     for method, name, paper, results, remark in lines:
         label = f"{method}: {name}" if opts.action == "compare" else name
         shown = "-" if paper is None else f"{paper:g}"
         if not results:
             cells.append([label, shown, remark] + ["-"] * (len(head) - 3))
             continue
-        cells.append([label, shown, spread([metric_of(r, metric) for r in results], metric), spread([r["seconds"] for r in results], "s"),
-                      spread([r["looked"].get("pointing_signature", {}).get("best", math.nan) * 100 for r in results]), spread([r["looked"].get("object_iou", {}).get("mean", math.nan) for r in results], "iou"),
+        values = {"ours": [metric_of(r, metric) for r in results], "seconds": [r["seconds"] for r in results], "pointing": [100 * r["looked"].get("pointing_signature", {}).get("best", math.nan) for r in results],
+                  "iou": [r["looked"].get("object_iou", {}).get("mean", math.nan) for r in results]}
+        cells.append([label, shown, spread(values["ours"], metric), spread(values["seconds"], "s"), spread(values["pointing"]), spread(values["iou"], "iou"),
                       f"{results[0]['parameters'] / 1e6:.2f}", f"{results[0]['macs'] / 1e9:.3f}", f"{results[0]['ms_per_image']:.1f}"])
+        kept.append({"row": label, "paper": paper, **{k: [round(x, 4) for x in v] for k, v in values.items() if not math.isnan(v[0])}, "parameters": results[0]["parameters"], "macs": results[0]["macs"], "commits": sorted({r["commit"] for r in results}),
+                     "looked": [{k: v for k, v in r["looked"].items() if k not in ("per_class", "confused", "said")} for r in results]})
     keep = [c for c in range(len(head)) if any(row[c] not in ("-", "nan") for row in cells[1:]) or c < 3]
-    text = f"{title}\n{opts.command}; commit {git_commit()}; {device_name(world)}; seeds {opts.seeds}; mean +- sd over seeds, last epoch\n\n" + text_table([[row[c] for c in keep] for row in cells]) + "\n"
+    about = {"title": title, "command": opts.command, "commit": git_commit(), "device": device_name(world), "seeds": opts.seeds, "date": time.strftime("%Y-%m-%d")}
+    text = "\n".join([title, f"{opts.command}; commit {about['commit']}; {about['device']}; {about['date']}; seeds {opts.seeds}; mean +- sd over seeds, last epoch", "", text_table([[row[c] for c in keep] for row in cells]), ""])
     (folder / "results.md").write_text(text)
-    print(text + f"written: {folder / 'results.md'}")
+    write_json(folder / "results.json", {**about, "metric": metric, "rows": kept})
+    print(text + f"written: {folder / 'results.md'}, {folder / 'results.json'}")
 
 
 def finish_row(opts, world):
