@@ -78,16 +78,19 @@ def test_tables_1_and_2_parameters_are_the_papers_to_the_unit(name, classes, cou
 @pytest.mark.parametrize("i, baseline, attention, statistics", [
     (0, 4_263_748, 5_516_434, 42_016), (1, 6_769_384, 8_007_410, 62_048), (2, 7_982_794, 9_481_448, 67_568),
     (3, 11_003_632, 12_785_326, 87_296), (4, 17_907_216, 20_331_266, 125_200)])
-def test_fig3_parameters_of_every_backbone_on_cub_and_nabirds(i, baseline, attention, statistics):
+def test_fig3_parameters_and_location_maps_of_every_backbone(i, baseline, attention, statistics):
     backbone = f"efficientnet_b{i}"
     model = on_meta("cub", 200, backbone=backbone)
     assert trainable(model) == attention and trainable(on_meta("cub-en", 200, backbone=backbone)) == baseline
     assert sum(b.numel() for key, b in model.named_buffers() if "running" in key) == statistics
-    C = model.backbone.channels
-    assert trainable(on_meta("nabirds", 555, backbone=backbone)) == attention + 355 * (C + 1)
+    assert model.classifier.in_features == model.backbone.channels == (1280, 1280, 1408, 1536, 1792)[i]
     assert trainable(model.position) == (410_880, 410_880, 497_024, 591_360, 804_608)[i]
     assert trainable(model.weighting) == (822_081, 822_081, 994_401, 1_183_105, 1_609_665)[i]
-    assert trainable(model.location) == (19_725, 5_065, 5_065 + 2_164, 7_229, 9_777)[i] if i != 2 else 7_229
+    assert trainable(model.location) == (19_725, 5_065, 7_229, 7_229, 9_777)[i]
+    views, (channels, side) = torch.empty(2, 3, 224, 224, device="meta"), ((80, 14), (40, 28), (48, 28), (48, 28), (56, 28))[i]
+    assert model.backbone(views)[0].shape == (2, channels, side, side)
+    F_map, V = model.extract(views)
+    assert F_map.shape == (2, channels, 5, 5) and V.shape == (2, model.backbone.channels)
 
 
 def test_sec32_module_parameters_of_the_imagenet_and_fmow_models():
@@ -99,21 +102,24 @@ def test_sec32_module_parameters_of_the_imagenet_and_fmow_models():
 
 
 def test_table1_flops():
-    bagnet = on_meta("imagenet-bagnet77", 1000)
+    bagnet, model = on_meta("imagenet-bagnet77", 1000), on_meta("imagenet", 1000)
     assert gmacs(bagnet, 224, 224) == pytest.approx(18.423, rel=5e-3)
-    assert gmacs(bagnet.backbone, 77, 77) == pytest.approx(1.803330, rel=1e-6)
-    for k, expected in (("1", 3.628), ("2", 5.432), ("3", 7.236), ("5", 10.843)):
-        assert gmacs(on_meta("imagenet", 1000, locations=k), 224, 224) == pytest.approx(expected, rel=5e-3)
-    assert gmacs(on_meta("imagenet", 1000, locations="0"), 224, 224) + 0.0197 == pytest.approx(1.824, rel=5e-3)  # the paper's row has the location module
+    assert gmacs(model.backbone, 77, 77) == pytest.approx(1.803330, rel=1e-6)
+    for k, expected in ((1, 3.628), (2, 5.432), (3, 7.236), (5, 10.843)):
+        model.locations = (k,)
+        assert gmacs(model, 224, 224) == pytest.approx(expected, rel=5e-3)
+    model.locations = ()
+    assert gmacs(model, 224, 224) + 0.0197 == pytest.approx(1.824, rel=5e-3)  # the paper's row has the location module
 
 
 def test_table2_flops_are_those_of_the_views_and_not_of_the_resolution():
-    for name, side, expected in (("fmow-en224", 224, 0.387), ("fmow-en448", 448, 1.546), ("fmow-en896", 896, 6.180)):
-        assert gmacs(on_meta(name, 62), side, side) == pytest.approx(expected, rel=5e-3)
-    for k, expected in (("0", 0.388), ("1", 0.775), ("2", 1.162), ("3", 1.549), ("2x1", 1.937), ("2x2", 2.711)):
-        model = on_meta("fmow", 62, locations=k)
+    baseline, model = on_meta("fmow-en224", 62), on_meta("fmow", 62)
+    for side, expected in ((224, 0.387), (448, 1.546), (896, 6.180)):
+        assert gmacs(baseline, side, side) == pytest.approx(expected, rel=5e-3)
+    for locations, expected in (((), 0.388), ((1,), 0.775), ((2,), 1.162), ((3,), 1.549), ((2, 1), 1.937), ((2, 2), 2.711)):
+        model.locations = locations
         assert gmacs(model, 896, 896) == pytest.approx(expected, rel=5e-3)
-        assert gmacs(model, 896, 896) == gmacs(model, 448, 448) == gmacs(model, 1792, 1792)
+    assert gmacs(model, 448, 448) == gmacs(model, 1792, 1792)
 
 
 def test_sec51_bagnet_layer_sizes_at_77_and_224():
@@ -136,7 +142,7 @@ def test_sec51_a_cell_of_bagnets_last_map_sees_77_pixels():
     assert last.shape[2:] == (11, 11)
     last[0, :, 5, 5].sum().backward()
     rows = image.grad[0].abs().amax((0, 2)).nonzero()
-    assert rows.min() == 16 and rows.max() == 16 + 76
+    assert rows.max() - rows.min() + 1 == 77
 
 
 def test_sec51_bagnet_pads_like_tensorflow():
@@ -166,15 +172,6 @@ def test_sec32_candidate_locations_of_efficientnet_sit_where_the_cells_are(backb
     middle[0, :, rows[grid // 2], rows[grid // 2]].sum().backward()
     seen = image.grad[0].abs().amax((0, 2)).nonzero()
     assert (seen.min() + seen.max()) / 2 == 112
-
-
-@pytest.mark.parametrize("i, shape", [(0, (80, 14)), (1, (40, 28)), (2, (48, 28)), (3, (48, 28)), (4, (56, 28))])
-def test_sec53_location_map_of_every_backbone(i, shape):
-    model = on_meta("cub", 200, backbone=f"efficientnet_b{i}")
-    views = torch.empty(2, 3, 224, 224, device="meta")
-    assert model.backbone(views)[0].shape == (2, shape[0], shape[1], shape[1])
-    F_map, V = model.extract(views)
-    assert F_map.shape == (2, shape[0], 5, 5) and V.shape == (2, (1280, 1280, 1408, 1536, 1792)[i])
 
 
 def test_efficientnet_settings_of_the_authors():
@@ -469,12 +466,12 @@ def test_sec31_the_log_probability_of_all_grids_multiplies():
 # ---------------------------------------------------------------- the learning rule
 
 
-def rule(model, B=6, A=3, K=4, seed=1):
+def rule(model, B=6, A=3, seed=1):
     """A traversal made up by hand, with its logits and targets."""
     torch.manual_seed(seed)
     C = model.backbone.channels
     seen = tnet.Traversal(torch.randn(B, 1 + A, C), None, None, torch.randn(B, A), torch.randn(B), [torch.full((B, 25), 0.04)])
-    return seen, model.classify(model.pool(seen.features)), torch.randint(0, K, (B,))
+    return seen, model.classify(model.pool(seen.features)), torch.arange(B) % model.classifier.out_features
 
 
 def losses(model, seen, logits, targets):
@@ -514,9 +511,11 @@ def test_eq3b_alone_is_the_mean_over_all_vectors_and_rewards_only_attended_ones(
     assert losses(model, seen, logits, targets)[0].item() == pytest.approx(sum(each) / 4, rel=1e-5)
     model = tiny(classes=4, lambda_r=0.0)
     terms = losses(model, *rule(model))[1]
-    worse = rule(model)
-    worse[0].features[:, 0] = 100 * torch.randn(16)  # another context vector
-    assert torch.equal(losses(model, *worse)[1]["policy_each"], terms["policy_each"])
+    other = rule(model)
+    other[0].features[:, 0] = 100 * torch.randn(16)  # another context vector
+    model.baseline.fill_(0.5)
+    other_terms = losses(model, *other)[1]
+    assert torch.equal(other_terms["policy_each"], terms["policy_each"]) and other_terms["ce_each"] != terms["ce_each"]
 
 
 def test_eq2_the_baseline_follows_the_mean_reward_and_the_loss_uses_the_old_one():
@@ -541,31 +540,42 @@ def test_eq2_the_baseline_is_saved_and_never_trained_or_touched_by_evaluation():
     assert "baseline" in model.state_dict() and "baseline" not in dict(model.named_parameters())
     model.eval()(torch.randn(2, 3, 128, 128), torch.tensor([0, 1]))
     assert model.baseline.tolist() == [0.5, 0.5]
-    model.train()(torch.randn(2, 3, 128, 128), torch.tensor([0, 1]))
-    assert model.baseline.tolist() != [0.5, 0.5]
+    model.train()(torch.randn(3, 3, 128, 128), torch.tensor([0, 1, 0]))
+    assert 0.5 not in model.baseline.tolist()
 
 
 @pytest.mark.parametrize("reward", [1.0, 0.0])
 def test_eq1_a_reward_above_the_baseline_makes_the_chosen_cells_more_probable(reward):
-    model = tiny(classes=2, lambda_f=1.0, select="topk", locations="2")
+    model = tiny(classes=2, lambda_f=1.0, locations="2")
     images = torch.randn(1, 3, 128, 128)
     nn.init.zeros_(model.classifier.weight)
     model.classifier.bias.data = torch.tensor([1.0, -1.0])  # the answer is always 0
+    chosen = torch.tensor([[7, 3]])
+
+    def same_again(logits, k):
+        each = logits.log_softmax(-1).gather(1, chosen)
+        return chosen, tnet.plackett_luce_log_prob(logits, chosen), each
+
+    model.select = same_again
     before = model.traverse(images)
-    targets = torch.tensor([0 if reward else 1])
-    model(images, targets)[0].backward()
+    model(images, torch.tensor([0 if reward else 1]))[0].backward()
     with torch.no_grad():
         for p in model.location.parameters():
             p -= 1e-3 * p.grad
-    model.select = lambda logits, k: (before_cells := before.boxes, None)[1] or fixed(logits, k)
-
-    def fixed(logits, k):  # the same cells again
-        cells = (before.boxes[:, :, 1] // 24 * 5 + before.boxes[:, :, 0] // 24).long()
-        each = logits.log_softmax(-1).gather(1, cells)
-        return cells, each.sum(1), each
-
     after = model.traverse(images)
     assert (after.log_prob > before.log_prob).item() == bool(reward)
+    assert (after.cell_log_probs.sum() > before.cell_log_probs.sum()).item() == bool(reward)
+
+
+def test_eq1_a_step_on_the_cross_entropy_lowers_it():
+    model, images, targets = tiny(lambda_f=0.0), torch.randn(4, 3, 128, 128), torch.tensor([0, 1, 2, 0])
+    model.select = lambda logits, k: (cells := torch.tensor([[7, 3, 12]]).expand(4, 3), logits.new_zeros(4), logits.gather(1, cells))
+    loss, _ = model(images, targets)
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-2 * p.grad if p.grad is not None else 0.0
+    assert model(images, targets)[0] < loss
 
 
 def gradients(model, term, images, targets):
@@ -626,14 +636,13 @@ def test_sec4_the_policy_finds_what_only_the_full_resolution_tells():
 
     def draw(n):
         cell, label = torch.randint(0, 9, (n,)), torch.randint(0, 2, (n,))
-        squares = torch.ones(2, 16, 16)
-        squares[0, ::3], squares[1, :, ::3] = -1.0, -1.0
-        images = torch.zeros(n, 3, 3, 16, 3, 16)
-        images[torch.arange(n), :, cell // 3, :, cell % 3] = squares[label][:, None]
-        return images.view(n, 3, 48, 48), label, cell
+        square = torch.zeros(n, 3, 16, 3, 16)
+        square[torch.arange(n), cell // 3, :, cell % 3] = 1.0
+        lines = torch.where(torch.arange(48) % 3 == 0, -1.0, 1.0)
+        pattern = torch.stack((lines[:, None].expand(48, 48), lines.expand(48, 48)))[label]
+        return (square.view(n, 48, 48) * pattern)[:, None].expand(n, 3, 48, 48), label, cell
 
-    small = F.interpolate(torch.cat([draw(64)[0] for _ in range(4)]), (16, 16), mode="bilinear")
-    assert set(small.unique().tolist()) == {0.0, 1.0}  # no line left
+    assert set(F.interpolate(draw(64)[0], (16, 16), mode="bilinear").unique().tolist()) == {0.0, 1.0}  # no line left
     for _ in range(250):
         images, label, _ = draw(32)
         optimizer.zero_grad()
@@ -644,3 +653,154 @@ def test_sec4_the_policy_finds_what_only_the_full_resolution_tells():
     found = (boxes[:, 1] // 16 * 3 + boxes[:, 0] // 16 == cell).float().mean()
     right = (model(images).argmax(1) == label).float().mean()
     assert found > 0.8 and right > 0.85, (found, right)  # at random 0.11, and 0.56
+
+
+# ---------------------------------------------------------------- what it looked at, and its classifiers
+
+
+def test_where_gives_the_attended_crops_best_first_and_clipped():
+    model = wanting(tiny(grid=5, cell=0.34375, logit_scale=1.0, locations="2x1"), 0, 24).eval()  # one row of cell 0 lies outside
+    boxes, scores = model.where(torch.randn(2, 3, 224, 200))
+    (y, h), (x, w) = tnet.crop_grid(224, 5, 0.34375), tnet.crop_grid(200, 5, 0.34375)
+    assert y[0] == -1 and boxes.shape == (2, 4, 4) and torch.equal(boxes[0], boxes[1])
+    assert boxes[0, :2].tolist() == [[0, 0, x[0] + w, y[0] + h], [x[-1], y[-1], 200, 224]]
+    p = model.location_logits(torch.zeros(1, 16, 5, 5), torch.zeros(1, 16)).softmax(-1)[0]
+    assert scores[0].tolist() == pytest.approx(torch.stack((p[0], p[24], p[0] * p[0], p[24] * p[0])).tolist(), rel=1e-4)
+    assert (scores.diff(dim=1) <= 0).all() and (boxes[..., 2:] > boxes[..., :2]).all() and (boxes >= 0).all()
+
+
+def test_where_is_the_whole_image_without_locations_and_a_cell_sized_box_for_a_baseline():
+    boxes, scores = tiny(locations="0").eval().where(torch.randn(2, 3, 128, 96))
+    assert boxes.tolist() == [[[0, 0, 96, 128]]] * 2 and scores.tolist() == [[1.0]] * 2
+    model = tiny(hard_attention=False).eval()
+    for p in model.backbone.parameters():
+        nn.init.constant_(p, 0.1)
+    nn.init.ones_(model.classifier.weight)
+    images = torch.zeros(1, 3, 128, 128)
+    images[..., 84:92, 36:44] = 5.0  # the only thing there is
+    box = model.where(images)[0][0, 0]
+    assert (box[2:] - box[:2]).tolist() == [32, 32]
+    assert abs((box[0] + box[2]) / 2 - 40) <= 8 and abs((box[1] + box[3]) / 2 - 88) <= 8
+
+
+def test_sec54_heads_are_everything_the_context_and_the_attended_locations():
+    model, images = tiny().eval(), torch.randn(2, 3, 128, 128)
+    features, heads = model.traverse(images).features, model.heads(images)
+    assert list(heads) == ["all", "context", "attended"]
+    assert torch.allclose(heads["all"], model(images)) and torch.allclose(heads["context"], model.classifier(features[:, 0]))
+    assert torch.allclose(heads["attended"], model.classifier(features[:, 1:].mean(1)), atol=1e-6)
+    for changes, head in (({"locations": "0"}, "context"), ({"use_context": False}, "attended")):
+        assert torch.allclose(tiny(**changes).eval()(images), heads[head], atol=1e-5)  # the same initial weights
+    assert list(tiny(hard_attention=False).heads(images)) == ["all"]
+
+
+def test_sec54_all_cells_without_the_context_are_the_mean_of_all_cells():
+    model = tiny(grid=2, cell=0.5, locations="4", use_context=False).eval()
+    images = torch.randn(1, 3, 64, 64)
+    quarters = images.unfold(2, 32, 32).unfold(3, 32, 32).reshape(3, 4, 32, 32).transpose(0, 1)
+    V = model.extract(quarters)[1]
+    places = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]])
+    assert torch.allclose(model(images)[0], model.classifier(model.position(V, places).mean(0)), atol=1e-5)
+
+
+def test_controls_look_at_fixed_or_at_random_cells():
+    images = torch.randn(40, 3, 128, 128)
+    fixed = tiny(policy="fixed", fixed_cells=(12, 0), locations="2").eval().where(images)[0]
+    assert fixed.unique(dim=0).tolist() == [[[48, 48, 80, 80], [0, 0, 32, 32]]]
+    torch.manual_seed(0)
+    model = tiny(policy="random").eval()
+    boxes, scores = model.where(images)
+    assert len(boxes.unique(dim=0)) > 30 and len(boxes.flatten(0, 1).unique(dim=0)) == 25 and torch.allclose(scores, torch.tensor(1 / 25))
+    assert not any(p.requires_grad for p in model.location.parameters())
+
+
+def test_figures_show_every_attended_crop():
+    images = torch.randn(2, 3, 128, 128)
+    for changes in ({}, {"locations": "2x1", "feature_weighting": True}, {"locations": "0"}, {"hard_attention": False}):
+        pages = tiny(**changes).eval().figure(images)
+        assert len(pages) == 2 and all(page.height == pages[0].height for page in pages)
+    assert tiny(locations="5").eval().figure(images)[0].width > tiny(locations="3").eval().figure(images)[0].width
+
+
+# ---------------------------------------------------------------- recipes, weights, errors
+
+
+def test_locations_and_use_context_leave_the_weights_alone():
+    state = tiny(locations="3").state_dict()
+    for changes in ({"locations": "0"}, {"locations": "5"}, {"locations": "2x1"}, {"use_context": False}, {"policy": "random"}, {"select": "topk", "logit_scale": 1.0}, {"baseline": "shared"}):
+        tiny(seed=1, **changes).load_state_dict(state, strict=True)
+
+
+def test_sec52_stage_2_starts_from_the_run_of_stage_1(tmp_path):
+    first = tiny(grid=3, cell=0.5, locations="2")
+    first.baseline.fill_(0.8)
+    common.save_checkpoint(tmp_path / "last.pt", {"model": first.state_dict()})
+    second = tiny(seed=1, grid=3, cell=0.5, locations="2x1", image_size=(256, 256), weights=str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values())) and second.baseline[0] == 0.8
+    other = tiny(classes=7, seed=1, grid=3, cell=0.5, weights=str(tmp_path))  # another data set: all but the classifier
+    assert other.classifier.weight.shape == (7, 16) and torch.equal(other.position.linear.weight, first.position.linear.weight)
+    with pytest.raises(ValueError, match="missing.*weighting"):
+        tiny(feature_weighting=True, weights=str(tmp_path))
+    assert tnet.RECIPES["fmow-896"].weights == "runs/tnet-fmow"
+
+
+def test_torchvisions_weights_go_to_the_backbone(tmp_path, monkeypatch):
+    recipe = replace(tnet.RECIPES["cub"], feature_weighting=False)
+    torch.manual_seed(0)
+    theirs = tnet.torchvision.models.efficientnet_b0().state_dict()
+    torch.save(theirs, tmp_path / "b0.pth")
+    asked = []
+    monkeypatch.setattr(common, "fetch", lambda url, sha256="": asked.append((url, sha256)) or tmp_path / "b0.pth")
+    model = tnet.build(recipe, 5)
+    assert asked[0][0].endswith(f"-{asked[0][1]}.pth") and len(asked[0][1]) == 8
+    assert all(torch.equal(value, theirs[key]) for key, value in model.backbone.state_dict().items())
+
+
+def test_recipes_hold_the_papers_numbers():
+    R = tnet.RECIPES
+    imagenet, fmow, stage2, cub = R["imagenet"], R["fmow"], R["fmow-896"], R["cub"]
+    assert (imagenet.epochs, imagenet.lr, imagenet.dropout, imagenet.lambda_c, imagenet.lambda_r, imagenet.locations, imagenet.cell) == (200, 1e-4, 0.5, 0.3, 0.3, "3", 0.34375)
+    assert (imagenet.optimizer, imagenet.eps, imagenet.batch_size, imagenet.schedule, imagenet.milestones, imagenet.normalize) == ("adam", 1e-7, 64, "steps", (0.8,), "half")
+    assert (imagenet.crop, imagenet.crop_area, imagenet.crop_ratio, imagenet.interpolation, imagenet.jitter_prob) == ("resized", (0.85, 1.0), (0.5, 2.0), "random", 0.8)
+    assert (R["imagenet-bagnet77"].dropout, R["imagenet-bagnet77"].epochs, R["imagenet-bagnet77"].hard_attention) == (0.625, 175, False)
+    assert (fmow.image_size, fmow.locations, fmow.grid, fmow.cell, fmow.epochs, fmow.lr, fmow.lambda_c, fmow.drop_path) == ((448, 448), "2", 3, 0.5, 40, 1e-3, 0.2, 0.3)
+    assert (stage2.image_size, stage2.locations, stage2.epochs, stage2.lambda_c, stage2.lambda_r, stage2.level_cap, stage2.drop_path) == ((896, 896), "2x1", 10, 0.05, 0.05, 2, 0.5)
+    assert [(R[f"fmow-en{n}"].batch_size, R[f"fmow-en{n}"].epochs, R[f"fmow-en{n}"].dropout, R[f"fmow-en{n}"].drop_path, R[f"fmow-en{n}"].boxes) for n in ("224", "224-boxes", "448", "896")] == [
+        (64, 60, 0.75, 0.5, False), (64, 65, 0.75, 0.5, True), (32, 30, 0.75, 0.3, False), (32, 30, 0.3, 0.2, False)]
+    assert (cub.image_size, cub.cell, cub.locations, cub.epochs, cub.contrastive, cub.dropout, cub.milestones, cub.feature_weighting) == ((448, 448), 0.35, "5", 200, 100.0, 0.75, (0.9,), True)
+    assert (cub.normalize, cub.weights, cub.translate, cub.rotate, cub.brightness, cub.batch_norm[0]) == ("imagenet", "default", 0.1, 20.0, 0.0, 1e-5)
+    assert (R["nabirds"].epochs, R["nabirds"].contrastive, R["nabirds-en"].hard_attention) == (100, 50.0, False)
+
+
+def test_tables_hold_the_papers_numbers_and_name_recipe_fields():
+    rows = {key: {name: value for name, _, value in table.rows} for key, table in tnet.TABLES.items()}
+    assert rows["1"]["BagNet-77"] == 73.42 and list(rows["1"].values())[1:] == [67.29, 73.12, 74.12, 74.41, 74.62]
+    assert list(rows["2"].values()) == [69.7, 62.8, 69.83, 70.6, 47.79, 70.17, 71.46, 71.57, 72.16, 71.92]
+    assert list(rows["5.5"].values()) == [73.12, 74.41, 74.62, 65.21, 67.33, 68.55] and list(rows["5.4"].values()) == [67.95, 69.66, 71.05]
+    for table in tnet.TABLES.values():
+        for name, changes, _ in table.rows:
+            tnet.check(replace(tnet.RECIPES[table.data], **changes))  # every field exists, every setting works
+    assert dict((name, changes["image_size"]) for name, changes, _ in tnet.TABLES["2"].rows if "image_size" in changes)["EfficientNet-B0, 896"] == (896, 896)
+
+
+def test_the_authors_penalty_spares_batch_norm_and_on_birds_the_backbone():
+    model = on_meta("cub", 200)
+    groups = tnet.param_groups(model, model.recipe)
+    assert sum(p.numel() for group in groups for p in group["params"]) == trainable(model)
+    assert sorted((group["lr_scale"], group["weight_decay"]) for group in groups) == [(0.1, 0.0), (1.0, 2e-4)]
+    baseline = on_meta("fmow-en224", 62)
+    decays = {group["weight_decay"]: group["params"] for group in tnet.param_groups(baseline, baseline.recipe)}
+    norms = sum(p.numel() for m in baseline.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert sum(p.numel() for p in decays[0.0]) == norms and sum(p.numel() for p in decays[2e-5]) == trainable(baseline) - norms
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"locations": "3,1"}, "locations '3,1'.*2x1"), ({"locations": "two"}, "locations 'two'"), ({"locations": "2x0"}, "2x0"), ({"locations": "26"}, "has 25"),
+    ({"backbone": "resnet50"}, "backbone resnet50.*efficientnet_b0"), ({"backbone": "bagnet77", "grid": 3}, "grid 3 with backbone bagnet77"),
+    ({"backbone": "efficientnet_b0"}, "base_resolution 32.*224"), ({"cell": 0.0}, "cell 0.0"), ({"locations": "0", "use_context": False}, "nothing is left"),
+    ({"policy": "fixed"}, "needs 3 different cells"), ({"policy": "fixed", "fixed_cells": (1, 2, 25)}, "0 to 24"), ({"policy": "fixed", "fixed_cells": (1, 2, 2)}, "different"),
+    ({"lambda_c": 1.5}, "lambda_c 1.5"), ({"samples": 0}, "samples 0"), ({"samples": 2, "select": "topk"}, "--select sample"), ({"level_cap": 1}, "level_cap 1"),
+    ({"weights": "default"}, "efficientnet_b0"), ({"weights": "default", "backbone": "efficientnet_b0", "base_resolution": 224}, "batch-norm 1e-5")])
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
