@@ -1213,9 +1213,10 @@ def run_rows(opts, world, folder, title, metric, rows):
         slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
         for seed in seeds:
             one.seed, one.out, one.resume = seed, str(folder / f"{method}-{slug}-seed{seed}"), None
+            check_row(one)
             try:
                 results.append(finish_row(one, world))
-            except ValueError as error:
+            except ValueError as error:  # a row that this data cannot have is said in the table; the others go on
                 results, problem = [], str(error)
                 break
         if results and not isinstance(results[-1], dict):
@@ -1250,15 +1251,22 @@ def run_rows(opts, world, folder, title, metric, rows):
     print(text + f"written: {folder / 'results.md'}, {folder / 'results.json'}")
 
 
+def check_row(opts):
+    """Refuse a finished row of another commit or of other settings."""
+    folder = Path(opts.out)
+    if (folder / "result.json").exists():
+        commit = json.loads((folder / "result.json").read_text())["commit"]
+        if commit != git_commit() and not opts.any_commit:
+            raise ValueError(f"{folder} was made by commit {commit}, this is {git_commit()}; delete it to run it again, or use it as it is with --any-commit")
+        if recipe_from(METHODS[opts.method], read_run(folder)["recipe"]) != opts.recipe:
+            raise ValueError(f"{folder} was trained with other settings; delete it, or choose another --out")
+
+
 def finish_row(opts, world):
     """One row and seed of a table: read its result, go on with it, or train it -> the result with what eval saw, or an exit status."""
     folder = Path(opts.out)
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
-        if result["commit"] != git_commit() and not opts.any_commit:
-            raise ValueError(f"{folder} was made by commit {result['commit']}, this is {git_commit()}; delete it to run it again, or use it as it is with --any-commit")
-        if recipe_from(METHODS[opts.method], read_run(folder)["recipe"]) != opts.recipe:
-            raise ValueError(f"{folder} was trained with other settings; delete it, or choose another --out")
     else:
         if (folder / "last.pt").exists():
             opts.resume = str(folder)

@@ -544,3 +544,146 @@ def test_a_bad_command_line_ends_with_status_2_one_line_and_nothing_written(line
     plain = lambda text: text.lower().replace("_", "-")
     assert len(said.splitlines()) == 1 and said.startswith("train.py: ") and plain(words) in plain(said), said
     assert sorted(room.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------ scores, by hand
+
+
+def test_pointing_counts_centres_in_parts_beside_chance_by_area_and_the_best_constant_place():
+    parts = np.array([[[0, 0, 16, 32], [np.nan] * 4], [[0, 0, 16, 16], [16, 16, 32, 32]]], float)  # halves and quarters of a 32 x 32 image
+    boxes = np.array([[[0, 0, 8, 8], [20, 0, 30, 8]], [[20, 0, 32, 8], [20, 20, 24, 24]]], float)
+    got = train.pointing(boxes, parts, 32, 32)
+    assert got == {"best": 0.5, "all": 0.5, "chance": 0.5, "constant": 1.0}
+
+
+def test_object_iou_of_a_shifted_box_and_the_best_constant_box():
+    objects = np.array([[0, 0, 10, 10]] * 3 + [[20, 20, 30, 30]], float)
+    got = train.object_iou(objects + [5, 0, 5, 0], objects)
+    assert got["mean"] == pytest.approx(50 / 150) and got["constant"] == pytest.approx(0.75)
+
+
+def test_object_scale_table_8_of_m2former_is_by_quartiles_and_ties_are_medium():
+    names, (low, high) = train.object_scale(np.array([1, 2, 2, 3, 4, 5, 6, 6, 7.0]))
+    assert (low, high) == (2, 6)
+    assert names.tolist() == ["small", "medium", "medium", "medium", "medium", "medium", "medium", "medium", "large"]
+
+
+def test_top_scores_of_a_hand_case_and_ties_in_class_order():
+    top = train.ranked(torch.tensor([[0.1, 0.5, 0.5, 0, 0, 0, 0]])).numpy()
+    assert top.tolist() == [[1, 2, 0, 3, 4]]
+    assert train.top_scores(top, np.array([2])) == {"top1": 0.0, "top5": 1.0}
+
+
+def test_lr_at_follows_schedule_warmup_batch_scaling_and_phases():
+    r = common.Recipe(lr=1.0, lr_batch=64, batch_size=32, schedule="cosine", warmup=2, warmup_lr=0.1, epochs=10, min_lr=0.05)
+    at = lambda step, group=None: common.lr_at(r, step, 100, 10, group)
+    assert at(0) == pytest.approx(0.1) and at(10) == pytest.approx(0.3) and at(20) == pytest.approx(0.5) and at(60) == pytest.approx((0.5 + 0.05) / 2) and at(100) == pytest.approx(0.05)
+    assert at(20, {"lr_scale": 0.1}) == pytest.approx(0.05)
+    one = common.Recipe(lr=1.0, schedule="onecycle")
+    phases = {"phases": [(1, 0.0), (3, 2.0)]}
+    assert [common.lr_at(one, s, 80, 1, phases) for s in (0, 19)] == [0, 0] and common.lr_at(one, 20, 80, 1, phases) == pytest.approx(2 / 25) and common.lr_at(one, 50, 80, 1, phases) == pytest.approx(2.0)
+    steps = common.Recipe(lr=1.0, schedule="steps", milestones=(0.5, 0.75))
+    assert [round(common.lr_at(steps, s, 100), 4) for s in (49, 50, 74, 75)] == [1, 0.1, 0.1, 0.01]
+
+
+def test_an_average_of_the_weights_is_kept_with_its_decay():
+    model, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    model.num_batches_tracked += 7
+    train.update_ema(ema, model, 0.9)
+    assert torch.allclose(ema.weight, torch.tensor(1.2)) and ema.num_batches_tracked == 7
+
+
+def test_a_group_with_rate_zero_is_frozen_without_moments():
+    recipe = common.Recipe(optimizer="adamw", weight_decay=0.1)
+    a, b = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = a, b
+
+        def forward(self, images, targets):
+            loss = (a * b).sum()
+            return loss, {"top1": loss.detach()}
+
+    model = Tiny()
+    optimizer = train.make_optimizer(recipe, [{"params": [a]}, {"params": [b]}])
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 0.0, 0.1
+    context, scaler = train.precision(recipe, torch.device("cpu"))
+    batch = (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), torch.arange(2))
+    train.update(recipe, model, model, optimizer, scaler, context, batch, train.World(torch.device("cpu")), lambda: "")
+    assert a.item() == 1 and a not in optimizer.state and b.item() < 1
+
+
+# ------------------------------------------------------------------------------------------------ tables and figures
+
+
+@pytest.fixture
+def two_rows(monkeypatch):
+    """TDSA with a table of two rows."""
+    tables = {"t": common.Table("two losses", "cub", "top1", (("CE", {"loss": "ce"}, 28.5), ("TDSA", {}, None)))}
+    monkeypatch.setattr(train.METHODS["tdsa"], "TABLES", tables)
+
+
+TABLE = ["table", "--method", "tdsa", "--table", "t", "--toy-train", "1", "--toy-test", "1", "--epochs", "1", "--batch-size", "8"]
+
+
+def test_a_table_resumes_aggregates_over_seeds_and_prints_the_papers_number(two_rows, room, capsys, monkeypatch):
+    real, trained = train.train, []
+    monkeypatch.setattr(train, "train", lambda opts, world: (trained.append((opts.recipe.loss, opts.seed)), real(opts, world))[1])
+    assert run(*TABLE, "--seeds", "0") == 0
+    assert trained == [("ce", 0), ("tdsa", 0)]
+    for seed, value in ((0, 0.25), (1, 0.75)):  # results made by hand, to know the mean and the sd
+        if seed == 1:
+            assert run(*TABLE, "--seeds", "0,1") == 0 and trained[2:] == [("ce", 1), ("tdsa", 1)], "what was done is not run again"
+        path = Path(f"runs/table-tdsa-t-toy/tdsa-ce-seed{seed}/result.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"top1": value}))
+    capsys.readouterr()
+    assert run(*TABLE, "--seeds", "0,1") == 0 and len(trained) == 4
+    said = capsys.readouterr().out
+    assert "50.0 +- 35.4 (2)" in said and "28.5" in said and "two losses" in said
+    kept = json.loads(Path("runs/table-tdsa-t-toy/results.json").read_text())
+    assert kept["rows"][0]["ours"] == [25.0, 75.0] and kept["rows"][0]["paper"] == 28.5 and kept["commit"] == train.git_commit()
+
+
+def test_a_table_refuses_rows_of_another_commit_unless_asked(two_rows, room, capsys):
+    assert run(*TABLE) == 0
+    path = Path("runs/table-tdsa-t-toy/tdsa-ce-seed0/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0000000"}))
+    capsys.readouterr()
+    assert run(*TABLE) == 2 and "commit 0000000" in capsys.readouterr().err
+    assert run(*TABLE, "--any-commit") == 0
+
+
+def test_table_without_a_number_lists_the_tables_of_each_method(room, capsys):
+    for method in METHODS:
+        assert run("table", "--method", method) == 0
+        said = capsys.readouterr().out
+        assert all(table.title in said for table in train.METHODS[method].TABLES.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_of_every_table_is_a_recipe_of_the_tables_data(method):
+    for key, table in train.METHODS[method].TABLES.items():
+        base = train.METHODS[method].RECIPES[table.data]
+        names = [name for name, _, _ in table.rows]
+        assert len(set(names)) == len(names) and names, f"{method} table {key}"
+        for name, overrides, paper in table.rows:
+            row = train.dataclasses.replace(base, **overrides)
+            assert row.task == base.task and (paper is None or paper > 0), f"{method} table {key}: {name}"
+
+
+def test_figures_of_several_runs_draw_their_curves_in_one_picture(room, capsys):
+    for loss in ("ce", "mc"):
+        assert run("--method", "tdsa", *TINY, "--loss", loss, "--out", loss) == 0
+    assert run("figures", "--run", "ce", "mc", "--out", "both") == 0
+    picture = np.asarray(Image.open("both/curves.png"))
+    assert picture.shape[1] == 3 * 460 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_ticks_are_round_and_cover_the_range():
+    for low, high in ((0, 1), (0, 40), (12.3, 97.2), (0.001, 0.002), (5, 5), (-3, 8), (0, 1e-5)):
+        got = train.ticks(low, high)
+        assert got[0] <= low + 1e-12 and got[-1] >= high - 1e-12 and 2 <= len(got) <= 8, (low, high, got)
