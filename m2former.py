@@ -31,6 +31,7 @@ Where the paper and the authors' code differ
   python train.py --method m2former --data cub --root DIR --backbone swin_base --ctt pool --image-size 384 --resize 510 --drop-path 0.2
   python train.py table --method m2former --table 3 --data toy --seeds 0,1,2
 """
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -202,7 +203,8 @@ class PoolingAttention(nn.Module):
         maps = x[:, class_token:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W), in memory channels_last already
         maps = F.conv2d(maps, conv.weight.repeat(self.heads, 1, 1, 1), stride=conv.stride, padding=1, groups=C)
         x = torch.cat([x[:, :class_token], maps.flatten(2).transpose(1, 2)], 1)
-        return norm(x.unflatten(2, (self.heads, -1))).transpose(1, 2), tuple(maps.shape[2:])
+        x = norm(x.unflatten(2, (self.heads, -1))).to(x.dtype)  # under autocast a norm answers in fp32
+        return x.transpose(1, 2), tuple(maps.shape[2:])  # (B, h, N', d)
 
     def forward(self, x, grid):
         q, k, v = self.qkv(x).chunk(3, -1)
@@ -269,11 +271,7 @@ class MViTv2(nn.Module):
         if num_classes:
             self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6)
             self.head = nn.Sequential(OrderedDict(projection=nn.Linear(self.dims[-1], num_classes)))
-        self.reset_positions()
         self.apply(trunc_normal)
-
-    def reset_positions(self):
-        """Draw the class token and the tables of relative positions."""
         for name, p in self.named_parameters():
             if name == "cls_token" or "rel_pos" in name:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -570,9 +568,9 @@ class M2Former(nn.Module):
         self.ctt = nn.ModuleList(ClassTokenTransfer(dims[-1], dims[s], transfer) if transfer and s != last - 1 else nn.Identity() for s in self.chosen)
         self.msca = nn.ModuleList(CrossScaleBlock(widths, dims[-1], recipe.cca, recipe.sca) for _ in range(recipe.num_msca))
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in widths)
-        self.heads_of = nn.ModuleList(nn.Linear(c, num_classes) for c in widths)
+        self.stage_heads = nn.ModuleList(nn.Linear(c, num_classes) for c in widths)
         self.head_con = nn.Linear(sum(widths), num_classes)
-        self.heads_of.apply(trunc_normal)
+        self.stage_heads.apply(trunc_normal)
         self.head_con.apply(trunc_normal)
         alpha = recipe.alpha[-last - 1:]
         self.alpha = {f"y{s + 1}": alpha[s] for s in self.chosen} | {"con": alpha[-1]}
@@ -606,13 +604,13 @@ class M2Former(nn.Module):
             tokens = block(tokens)
         pooled = self.recipe.ctt == "pool"
         features = [norm(t).mean(1) if pooled else norm(t[:, 0]) for norm, t in zip(self.norms, tokens)]
-        logits = {f"y{s + 1}": head(f) for s, head, f in zip(self.chosen, self.heads_of, features)}
+        logits = {f"y{s + 1}": head(f) for s, head, f in zip(self.chosen, self.stage_heads, features)}
         return logits | {"con": self.head_con(torch.cat(features, 1))}
 
     @staticmethod
     def fuse(logits):
         """Log of the mean of the classifiers' probabilities (Eq. 16): dict of (B, K) -> (B, K)."""
-        return torch.stack([y.float().log_softmax(1) for y in logits.values()]).logsumexp(0) - np.log(len(logits))
+        return torch.stack([y.float().log_softmax(1) for y in logits.values()]).logsumexp(0) - math.log(len(logits))
 
     def forward(self, images, targets=None):
         """(B, 3, H, W) -> logits (B, K); with targets (B,): the loss (Eq. 14), and its terms."""
@@ -682,7 +680,7 @@ def paint(photo, boxes, colour, strength=None):
     out = pixels / 3
     strength = np.ones(len(boxes)) if strength is None else strength.detach().float().cpu().numpy()
     for (x1, y1, x2, y2), s in zip(boxes.int().tolist(), strength):
-        out[y1:y2, x1:x2] += s * (0.6 * pixels[y1:y2, x1:x2] + 0.4 * np.array(colour) - out[y1:y2, x1:x2])
+        out[y1:y2, x1:x2] += s * (0.75 * pixels[y1:y2, x1:x2] + 0.25 * np.array(colour) - out[y1:y2, x1:x2])
     return Image.fromarray(out.clip(0, 255).astype(np.uint8))
 
 
@@ -715,7 +713,7 @@ def load_weights(model, recipe):
     state = common.read_state(source)
     whole = any(name.startswith("backbone.") for name in state)
     target = model if whole else model.backbone
-    heads = ("backbone.head.", "heads_of.", "head_con.") if whole else ("head.", "cls_token") + (() if recipe.msps else ("norm.",))
+    heads = ("backbone.head.", "stage_heads.", "head_con.") if whole else ("head.", "cls_token") + (() if recipe.msps else ("norm.",))
     if not whole and recipe.msps:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head."))}  # the backbone has none (authors' code)
     state = {name: tensor.squeeze(2) if tensor.dim() == 5 else tensor for name, tensor in swin_names(state).items()}  # 5-D: saved from a video model

@@ -175,7 +175,7 @@ def test_the_class_token_gets_no_relative_position_and_no_residual_pooling():
     assert (after[:, 1:] - before[:, 1:]).abs().max() > 1e-3
 
 
-def test_one_kernel_is_shared_by_all_heads_of_a_block():
+def test_one_kernel_is_shared_by_all_stage_heads_a_block():
     attn = randomise(m.PoolingAttention(12, 12, 3, 2, 1, (5, 7), "folded"))
     x = torch.randn(2, 1 + 35, 12)
     pooled, grid = attn.pool(x, (5, 7), attn.pool_q, attn.norm_q)
@@ -202,7 +202,7 @@ def test_parameter_counts_of_m2former_are_those_of_the_authors_model():
         assert count(model) == 65_674_936 and count(m.M2Former(replace(m.CUB, weights="none"), 555)) == 66_699_111
         assert [count(c) for c in model.ctt] == [166_560, 369_984, 887_424, 0]
         assert count(model.msca[0].cca) == 2_077_200 and count(model.msca[0]) - count(model.msca[0].cca) == 10_714_176
-        assert count(model.heads_of) + count(model.head_con) == 577_000 and count(model.norms) == 2_880
+        assert count(model.stage_heads) + count(model.head_con) == 577_000 and count(model.norms) == 2_880
         assert [tuple(block.attn.rel_pos_h.shape) for block in (model.backbone.blocks[b] for b in (0, 2, 5, 6, 21, 22))] == [(n, 96) for n in (223, 111, 111, 55, 55, 27)]
 
 
@@ -476,7 +476,7 @@ def test_global_pooling_classifies_from_the_mean_of_the_normed_tokens():
     model = tiny(ctt="pool", cca=False)
     taps = model.backbone.stages(photos())
     tokens = model.msca[0](model.with_class_tokens(taps, model.select(taps)))
-    torch.testing.assert_close(model.classify(photos())["y2"], model.heads_of[1](model.norms[1](tokens[1]).mean(1)))
+    torch.testing.assert_close(model.classify(photos())["y2"], model.stage_heads[1](model.norms[1](tokens[1]).mean(1)))
 
 
 # ------------------------------------------------------------------------------------------------ MSCA (Sec. 3.4)
@@ -571,7 +571,7 @@ def test_eq14_15_smoothed_cross_entropy_with_targets_that_sum_to_one(alpha):
 @pytest.mark.parametrize("n", [200, 555])
 def test_eq14_at_zeroed_heads_the_loss_is_5_ln_n(n):
     model = tiny(num_classes=n)
-    for head in (*model.heads_of, model.head_con):
+    for head in (*model.stage_heads, model.head_con):
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     assert model(photos(), torch.tensor([3, 4]))[0].item() == pytest.approx(5 * math.log(n), rel=1e-6)
 
@@ -606,9 +606,9 @@ def test_from_the_first_head_alone_gradients_reach_the_stem_all_transfers_and_al
     model = tiny().train()
     model.classify(photos(4))["y1"].square().sum().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum()}
-    assert {"backbone.patch_embed.proj.weight", "ctt.0.0.weight", "ctt.1.3.weight", "ctt.2.0.weight", "heads_of.0.weight"} <= reached
+    assert {"backbone.patch_embed.proj.weight", "ctt.0.0.weight", "ctt.1.3.weight", "ctt.2.0.weight", "stage_heads.0.weight"} <= reached
     assert {f"msca.0.sca.{kind}.{s}.weight" for kind in "kv" for s in range(4)} <= reached
-    assert not reached & ({f"heads_of.{s}.weight" for s in (1, 2, 3)} | {"head_con.weight", "msca.0.sca.out.1.weight", "norms.2.weight"})
+    assert not reached & ({f"stage_heads.{s}.weight" for s in (1, 2, 3)} | {"head_con.weight", "msca.0.sca.out.1.weight", "norms.2.weight"})
 
 
 def test_a_few_steps_learn_four_photos_by_heart():
@@ -710,7 +710,7 @@ def test_figures_5_and_6_tint_the_selected_patches_and_darken_the_rest():
     painted = m.paint(photo, torch.tensor([[8.0, 16, 16, 24], [32, 32, 40, 40]]), (255, 0, 0), torch.tensor([1.0, 0.5]))
     full, half, rest = (painted.getpixel(at) for at in ((8, 16), (39, 39), (7, 16)))
     grey = photo.getpixel((0, 0))
-    assert rest == tuple(int(c / 3) for c in grey) and full[0] > half[0] > rest[0] and full[0] == int(0.6 * grey[0] + 0.4 * 255)
+    assert rest == tuple(int(c / 3) for c in grey) and full[0] > half[0] > rest[0] and full[0] == int(0.75 * grey[0] + 0.25 * 255)
 
 
 # ------------------------------------------------------------------------------------------------ weights
