@@ -682,6 +682,28 @@ def attention_weights(q, k, fusion="mean"):
         return weights.mean(1) if fusion == "mean" else weights.amax(1) if fusion == "max" else weights.amin(1)
 
 
+def attend(q, k, v, memory=None):
+    """F.scaled_dot_product_attention of queries, keys and values (B, h, N, d), and what cls_rollout needs of the layer.
+
+    That is (q, k), cut from the graph; but at inference on a CPU the head-mean weights (B, N, N), written to `memory` when given: summed up
+    while each head's rows are in cache anyway, which is cheaper than computing them twice.
+    """
+    if q.requires_grad or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v), (q.detach(), k.detach())
+    (B, h, N, d), out, full = q.shape, torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
+    mean = torch.empty(B, N, N, dtype=full) if memory is None else memory
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (t.to(full) for t in (q * d**-0.5, k, v))
+        scratch = q.new_empty(min(N, 256), N)
+        for b, i, head in itertools.product(range(B), range(0, N, 256), range(h)):
+            rows, total = slice(i, i + 256), mean[b, i : i + 256]
+            weights = torch.mm(q[b, head, rows], k[b, head].T, out=scratch[: min(256, N - i)])
+            weights = torch.softmax(weights, -1, out=weights)
+            out[b, head, rows] = weights @ v[b, head]
+            total.add_(weights) if head else total.copy_(weights)
+    return out, mean.div_(h)
+
+
 def rollout(attns):
     """Eq. 2 of DCAL, literally: attention matrices (..., N, N), first block first -> their product with the residual paths (..., N, N)."""
     total = eye = torch.eye(attns[0].shape[-1], device=attns[0].device, dtype=attns[0].dtype)
@@ -708,7 +730,7 @@ def cls_rollout(layers, fusion="mean"):
         for b, i in itertools.product(range(0, B, images), range(0, n, rows)):
             some, slab = slice(b, b + images), slice(i, min(i + rows, n))
             weights = attention_weights(q[some, :, slab], k[some], fusion) if isinstance(layer, tuple) else layer[some, slab]
-            share = row[some, slab] / (1 + weights.sum(-1))  # row of 0.5 S + 0.5 E: the residual half stays, the other is handed down
+            share = row[some, slab] / (2 if fusion == "mean" else 1 + weights.sum(-1))  # row of 0.5 S + 0.5 E: the residual half stays, the other is handed down
             new[some, slab] += share
             new[some] += (share[:, None] @ weights)[:, 0]
         row = new

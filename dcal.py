@@ -235,21 +235,17 @@ def pairwise_cross_attention(q, k, v, partner, k2=None, v2=None):
 def pair_rollout(layers, pair_layers, partner):
     """Rollout of PWCA's class token over both images of a pair -> (B, N) on the image, (B, N) on its partner; together each row sums to 1.
 
-    layers: (q, k) of every block's SA pass; pair_layers: (q, k) of the last blocks' PWCA pass (Figs. 3b, 4b).
+    layers: SA of every block, as common.attend gives it; pair_layers: PWCA's weights (B, N, 2N) of the last blocks (Figs. 3b, 4b).
     """
-    q, k = layers[0]
-    own = torch.zeros(len(q), q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    own[:, 0], other = 1, torch.zeros_like(own)
-    pair_layers = [None] * (len(layers) - len(pair_layers)) + pair_layers
-    for (q, k), pair in zip(reversed(layers), reversed(pair_layers)):
-        alone = common.attention_weights(q, k)
-        if pair is None:
-            on_own, on_other = alone, torch.zeros_like(alone)
-        else:
-            on_own, on_other = common.attention_weights(pair[0], torch.cat([pair[1], k[partner]], 2)).chunk(2, -1)
-        other = 0.5 * other + 0.5 * (torch.einsum("bn,bnm->bm", own, on_other) + torch.einsum("bn,bnm->bm", other, alone[partner]))
-        own = 0.5 * own + 0.5 * torch.einsum("bn,bnm->bm", own, on_own)
-    return own, other
+    alone = [layer if torch.is_tensor(layer) else common.attention_weights(*layer) for layer in layers]  # (B, N, N) each
+    before = [F.pad(weights, (0, weights.shape[-1])) for weights in alone[: len(alone) - len(pair_layers)]]  # there PWCA is SA
+    own = torch.zeros_like(alone[0][:, :1])  # (B, 1, N)
+    own[:, :, 0], other = 1, torch.zeros_like(own)
+    for weights, sa in zip(reversed(before + pair_layers), reversed(alone)):
+        on_own, on_other = weights.chunk(2, -1)
+        other = 0.5 * other + 0.5 * (own @ on_other + other @ sa[partner])
+        own = 0.5 * own + 0.5 * own @ on_own
+    return own[:, 0], other[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ losses and inference (Sec. 4.1)
@@ -333,30 +329,39 @@ class DCAL(nn.Module):
     def encode(self, images, partner=None, glca=None, layers=None, pair_layers=None):
         """Figure 1: images (B, 3, H, W) -> dict of features (B, C) after the final norms: "sa", "glca", and with partner (B,) "pwca".
 
-        glca: run that branch (default: as the recipe says). The lists `layers` and `pair_layers` are filled with (q, k) of each block's SA and PWCA.
+        glca: run that branch (default: as the recipe says). The list `layers` is filled with each block's layer for common.cls_rollout, `pair_layers`
+        with the weights (B, N, 2N) of each PWCA block.
         """
         recipe, blocks = self.recipe, self.vit.blocks
         glca = recipe.glca if glca is None else glca
         first_glca, first_pair = len(blocks) - recipe.glca_blocks, len(blocks) - recipe.pwca_blocks
         select = glca and (recipe.kv == "local" or recipe.glca_readout == "mean" or recipe.local_queries == "always")
-        layers = [] if layers is None and select else layers
+        watched = len(blocks) if layers is not None else first_glca if select and recipe.select != "random" else 0  # blocks whose attention is looked at
+        layers = [] if layers is None else layers
 
         tokens = pair = self.vit.embed(images)  # (B, N, C)
+        B, N, C = tokens.shape
+        maps = [None] * watched  # at inference on a CPU all in one piece, which the allocator keeps: no page faults the next time
+        if tokens.device.type == "cpu" and not tokens.requires_grad:
+            maps = torch.empty(watched, B, N, N, dtype=torch.promote_types(tokens.dtype, torch.float32))
         for i, block in enumerate(blocks):
             if glca and i == first_glca:
-                local = take(tokens, select_local(self.response(layers), recipe.local_ratio)) if select else tokens[:, :1]  # (B, 1 + k, C)
+                local = take(tokens, select_local(self.response(tokens, layers), recipe.local_ratio)) if select else tokens[:, :1]  # (B, 1 + k, C)
             if glca and i >= first_glca:
                 local = global_local_cross_attention(self.glca.blocks[i - first_glca], local, tokens if recipe.kv == "global" else local)
             q, k, v = block.attn.split(block.norm1(tokens))
-            if layers is not None:
-                layers.append((q.detach(), k.detach()))
             if partner is not None and i >= first_pair:
                 q1, k1, v1 = block.attn.split(block.norm1(pair))
                 k2, v2 = (torch.randn_like(k), torch.randn_like(v)) if recipe.pair == "noise" else (k, v)
                 pair = block.finish(pair, pairwise_cross_attention(q1, k1, v1, partner, k2, v2))
                 if pair_layers is not None:
-                    pair_layers.append((q1.detach(), k1.detach()))
-            tokens = block.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+                    pair_layers.append(common.attention_weights(q1, torch.cat([k1, k2[partner]], 2)))
+            if i < watched:
+                attended, layer = common.attend(q, k, v, maps[i])
+                layers.append(layer)
+            else:
+                attended = F.scaled_dot_product_attention(q, k, v)
+            tokens = block.finish(tokens, attended)
             if i < first_pair:
                 pair = tokens
 
@@ -367,12 +372,11 @@ class DCAL(nn.Module):
             features["pwca"] = self.vit.norm(pair[:, 0])
         return features
 
-    def response(self, layers):
-        """How much each token (B, N) is asked for by the class token of the layers so far, (q, k) each: what select_local ranks."""
-        if self.recipe.select == "rollout":
-            return common.cls_rollout(layers)
-        q, k = layers[-1]
-        return common.attention_weights(q[:, :, :1], k)[:, 0] if self.recipe.select == "last" else torch.rand(len(q), q.shape[2], device=q.device)
+    def response(self, tokens, layers):
+        """How much the class token attends to each of the tokens (B, N, C) after these layers, (B, N): what select_local ranks."""
+        if self.recipe.select == "random":
+            return torch.rand(tokens.shape[:2], device=tokens.device)
+        return common.cls_rollout(layers[-1:] if self.recipe.select == "last" else layers)
 
     def classify(self, features):
         """dict of features -> dict of logits (B, K), each by its branch's head."""
