@@ -184,28 +184,32 @@ def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=Fal
     labels = connected_components(closing(foreground))
     image, row, col = labels.nonzero().T
     label = labels[image, row, col] - 1
-    n = int(labels.max()) if labels.numel() else 0
+    n = int(labels.max())
 
     def over(values, reduce, start):  # one value per component
         return torch.full((n,), start, dtype=values.dtype, device=maps.device).scatter_reduce(0, label, values, reduce)
 
     boxes = torch.stack([over(row, "amin", H), over(col, "amin", W), over(row, "amax", -1) + 1, over(col, "amax", -1) + 1], 1)  # (n, 4)
-    large = (label.bincount(minlength=n) >= min_area).nonzero()[:, 0]
-    owner = over(image, "amax", -1)[large]
+    large = (label.bincount(minlength=n) >= min_area).nonzero()[:, 0]  # a few at most
+    owners, large_boxes = over(image, "amax", -1)[large].tolist(), boxes[large].tolist()
     if score == "region":
-        best = over(maps[image, row, col], "amax", -torch.inf)[large]
+        scores = over(maps[image, row, col], "amax", -torch.inf)[large].tolist()
     else:
-        best = [maps[i, r1:r2, c1:c2].amax() for i, (r1, c1, r2, c2) in zip(owner.tolist(), boxes[large].tolist())]
-        best = torch.stack(best) if best else maps.new_empty(0)
-    h, w = round(fallback * H), round(fallback * W)
-    room = torch.tensor([H - h, W - w], device=maps.device)
-    corner = (torch.rand(len(maps), 2, device=maps.device) * room).long() if random else (room // 2).expand(len(maps), 2)
-    candidates = torch.cat([boxes[large], torch.cat([corner, corner + torch.tensor([h, w], device=maps.device)], 1)])
-    rank = torch.full((len(maps), len(candidates)), -torch.inf, device=maps.device)  # of each candidate in each image: its own fallback comes last
-    rank[owner, torch.arange(len(large), device=maps.device)] = best.float()
-    each = torch.arange(len(maps), device=maps.device)
-    rank[each, len(large) + each] = torch.finfo(rank.dtype).min
-    return candidates[rank.argmax(1)].reshape(*attention.shape[:-2], 4)
+        scores = [maps[i, r1:r2, c1:c2].max() for i, (r1, c1, r2, c2) in zip(owners, large_boxes)]
+        scores = torch.stack(scores).tolist() if scores else []
+    found, best = fallback_boxes(len(maps), H, W, fallback, random).tolist(), [-torch.inf] * len(maps)
+    for i, box, value in zip(owners, large_boxes, scores):  # in scan order
+        if value > best[i]:
+            found[i], best[i] = box, value
+    return torch.tensor(found, device=maps.device).reshape(*attention.shape[:-2], 4)
+
+
+def fallback_boxes(n, H, W, share, random):
+    """Boxes for n images without an object, of a share of each side, in the centre or each at a random place -> (n, 4)."""
+    h, w = round(share * H), round(share * W)
+    room = torch.tensor([H - h, W - w])
+    corner = (torch.rand(n, 2) * room).long() if random else (room // 2).expand(n, 2)
+    return torch.cat([corner, corner + torch.tensor([h, w])], 1)
 
 
 # ------------------------------------------------------------------------------------------------ where are its parts (Sec. 2.2)
