@@ -90,8 +90,8 @@ RECIPES = {
     "cars": replace(PAPER, xi=2),
     "flowers": PAPER,
     "folder": PAPER,
-    "toy": replace(
-        PAPER, backbone="toy", xi=2, image_size=(96, 96), pad=6, batch_size=16, epochs=60, lr=0.05, schedule="onecycle", milestones=(), toy_preset="birds",
+    "toy": replace(  # shifted by a crop: with the black border of padding MC-Loss stays at chance in this budget
+        PAPER, backbone="toy", xi=2, image_size=(96, 96), resize=(104, 104), pad=0, batch_size=16, epochs=60, lr=0.05, schedule="onecycle", milestones=(), toy_preset="birds",
     ),
 }
 
