@@ -972,15 +972,15 @@ def fetch_archive(url, path, digest):
 
 
 def unpack(archive, folder):
-    """Write the files of a tar archive into `folder`; ValueError for a member or a link that leads out of it. Links become copies of what they name."""
+    """Write the files of a tar archive into `folder`. A link becomes a copy of the member that it names; ValueError for a link to anything
+    else, for a member that would lie outside `folder`, and for what is neither file nor folder."""
     folder = Path(folder).resolve()
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 target = (folder / member.name).resolve()
-                link = folder / (member.linkname if member.islnk() else PurePosixPath(member.name).parent / member.linkname)
-                if not target.is_relative_to(folder) or not link.resolve().is_relative_to(folder):
-                    raise ValueError(f"{archive}: {member.name!r} would be written or leads outside {folder}: not an official archive; delete it")
+                if not target.is_relative_to(folder):
+                    raise ValueError(f"{archive}: {member.name!r} would be written outside {folder}: not an official archive; delete it")
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
                     continue
@@ -991,7 +991,7 @@ def unpack(archive, folder):
                 with source, open(target, "wb") as out:
                     shutil.copyfileobj(source, out)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, KeyError, RecursionError) as error:
-        raise ValueError(f"{archive}: damaged ({error or type(error).__name__}); delete it and get it again") from None
+        raise ValueError(f"{archive}: damaged, or a link leads out of it ({error or type(error).__name__}); delete it and get it again") from None
 
 
 # ------------------------------------------------------------------------------------------------ re-identification

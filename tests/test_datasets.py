@@ -171,7 +171,7 @@ def bombs():
     yield "many dimensions", start + element14(head(6, (2**31 - 1,) * 300_000) + element("<", 9, bytes(8)))
     yield "negative", start + element14(head(6, (-1, -8)) + element("<", 9, bytes(64)))
     yield "cells announced", start + element14(head(1, (2**30, 2)))
-    yield "empty cells", start + element14(head(1, (100_000, 1)) + struct.pack("<II", 14, 0) * 100_000)
+    yield "empty cells", start + element14(head(1, (400_000, 1)) + struct.pack("<II", 14, 0) * 400_000)
     fields = element("<", 5, struct.pack("<i", 4)) + element("<", 1, b"".join(b"%03x\0" % (i % 4096) for i in range(500_000)))
     yield "fields", start + element14(head(2, (0, 0)) + fields)
     yield "field width 0", start + element14(head(2, (1, 1)) + element("<", 5, struct.pack("<i", 0)) + element("<", 1, b"abcdefgh"))
@@ -334,13 +334,18 @@ def test_published_counts_are_those_of_the_fact_sheet():
 
 def test_a_full_set_with_a_wrong_count_is_warned_about_and_a_subset_is_not(tmp_path, monkeypatch):
     base = cub(tmp_path)
-    for published in ((3, 5, 3), (200, 5994, 5794), (3, 6, 4)):  # exact; a subset; five of six and three of four are under nine tenths
+    for published in ((3, 5, 3), (200, 5994, 5794), (4, 6, 4)):  # exact; subsets: five of six and three of four are under nine tenths
         monkeypatch.setitem(data.PUBLISHED, "cub", published)
         load("cub", base)  # every warning is an error here
     for published, message in (((3, 5, 4), "3 test images instead of 4 as published"), ((4, 5, 3), "3 classes instead of 4 as"), ((3, 4, 9), "5 training images instead of 4, 3 test images instead of 9")):
         monkeypatch.setitem(data.PUBLISHED, "cub", published)
         with pytest.warns(UserWarning, match=message):
             load("cub", base)
+    monkeypatch.setitem(data.PUBLISHED, "imagenet", (2, 100, 50))
+    few, most = (data.Splits(data.Split([""] * n, [0] * n), data.Split([""] * 44, [0] * 44), ["a", "b"]) for n in (89, 90))
+    data.check("imagenet", few, RECIPE)
+    with pytest.warns(UserWarning, match="90 training images instead of 100, 44 test images instead of 50 as published"):
+        data.check("imagenet", most, RECIPE)
 
 
 def nabirds(base):
@@ -626,7 +631,7 @@ def fmow(base, test=True):
         for category in ("zoo", "airport"):
             for n in (0, 1):
                 stem, folder = f"{category}_{n}_0", base / side / category / f"{category}_{n}"
-                boxes = [false, {**good, "category": "lake"}, {**good, "category": category, "box": [5, 5, 2, 40]}, {**good, "category": category}] if n else {**good, "category": category}
+                boxes = [false, {**false, "category": category}, {**good, "category": "lake", "box": [9, 9, 9, 9]}, {**good, "category": category, "box": [5, 5, 2, 40]}, {**good, "category": category}] if n else {**good, "category": category}
                 write(folder / f"{stem}_rgb.json", place(folder, stem, category, boxes))
     if test:
         pairs = []
@@ -784,13 +789,14 @@ def hosted(tmp_path, monkeypatch):
     return made, tmp_path / "root"
 
 
-def test_download_fetches_checks_and_unpacks_and_does_so_once(hosted):
+def test_download_fetches_checks_and_unpacks_and_does_so_once(hosted, monkeypatch):
     made, root = hosted
     assert data.download("cub", root) == root / "CUB_200_2011"
     assert len(load("cub", root).train) == 5
     assert set(p.name for p in root.iterdir()) == {"CUB_200_2011", "CUB_200_2011.tgz", "attributes.txt"}  # no .part, no mark of an unfinished unpacking
     made.unlink()
-    assert data.download("cub", root) == root / "CUB_200_2011"  # nothing is fetched again
+    monkeypatch.delattr(data, "unpack")
+    assert data.download("cub", root) == root / "CUB_200_2011"  # nothing is fetched or unpacked again
 
 
 def test_a_download_with_a_wrong_hash_leaves_nothing_behind(hosted):
