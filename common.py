@@ -732,6 +732,7 @@ def cls_rollout(layers, fusion="mean"):
             weights = attention_weights(q[some, :, slab], k[some], fusion) if isinstance(layer, tuple) else layer[some, slab]
             share = row[some, slab] / (2 if fusion == "mean" else 1 + weights.sum(-1))  # row of 0.5 S + 0.5 E: the residual half stays, the other is handed down
             new[some, slab] += share
-            new[some] += (share[:, None] @ weights)[:, 0]
+            with torch.autocast(k.device.type, enabled=False):
+                new[some] += (share[:, None] @ weights)[:, 0]
         row = new
     return row
