@@ -330,7 +330,7 @@ class Photos(torch.utils.data.Dataset):
 
     def region(self, index, size):
         """The part of a photo of size (h, w) that the input shows: its object box with recipe.boxes, else all of it (None) but the banner."""
-        h, w = size[0] - self.split.banner, size[1]
+        h, w = int(size[0]) - self.split.banner, int(size[1])
         if self.recipe.boxes:
             return object_region(self.split.boxes[index], (h, w), self.split.context)
         return (0, 0, w, h) if self.split.banner else None
@@ -995,6 +995,7 @@ def unpack(archive, folder):
 
 
 # ------------------------------------------------------------------------------------------------ re-identification
+
 
 def reid(name, train, query, gallery):
     """Lists of (path, identity, camera) -> Splits: training identities numbered 0.. in ascending order, test identities as they are.

@@ -826,14 +826,14 @@ def looked(opts, recipe, model, photos, world):
     row["coverage"] = float(raster.mean())
     said["coverage"] = f"its boxes cover {100 * row['coverage']:.1f}% of the image"
     if split.parts is not None:
-        parts = np.stack([data.to_input(split.parts[i], answer["sizes"][i], recipe) for i in range(len(photos))])  # (n, P, 4), pixels of the input
+        parts = np.stack([data.to_input(split.parts[i], answer["sizes"][i], recipe, photos.region(i, answer["sizes"][i])) for i in range(len(photos))])  # (n, P, 4), pixels of the input
         signature = np.array(split.signature, bool)
         for kind, chosen in (("signature", signature), ("decoy", ~signature)):
             if chosen.any():
                 row[f"pointing_{kind}"] = pointing(boxes, parts[:, chosen], H, W)
                 said[f"{kind} parts"] = "best box {best:.1f}%, all boxes {all:.1f}%; chance by area {chance:.1f}%, best constant box {constant:.1f}%".format(**{k: 100 * v for k, v in row[f"pointing_{kind}"].items()})
     if split.boxes is not None:
-        objects = np.stack([data.to_input(split.boxes[i][None], answer["sizes"][i], recipe)[0] for i in range(len(photos))])
+        objects = np.stack([data.to_input(split.boxes[i][None], answer["sizes"][i], recipe, photos.region(i, answer["sizes"][i]))[0] for i in range(len(photos))])
         row["object_iou"] = object_iou(boxes[:, 0], objects)
         said["object box"] = "mean IoU of the best box {mean:.3f}; best constant box {constant:.3f}".format(**row["object_iou"])
         areas = (split.boxes[:, 2] - split.boxes[:, 0]) * (split.boxes[:, 3] - split.boxes[:, 1])

@@ -59,7 +59,7 @@ def element(order, kind, payload):
 
 
 def matrix(order, value, name=""):
-    """Array, (array, storage type), str, (bytes, codec type, dims), list (n x 1 cell) or dict of lists (1 x n struct) -> a matrix element."""
+    """Array, (array, storage type), str, (bytes, codec type, dims), list (n x 1 cell), object array (cell) or dict of lists (1 x n struct) -> a matrix element."""
     def head(kind, dims):
         return element(order, 6, struct.pack(order + "II", kind, 0)) + element(order, 5, struct.pack(f"{order}{len(dims)}i", *dims)) + element(order, 1, name.encode())
 
@@ -73,6 +73,8 @@ def matrix(order, value, name=""):
         rows = list(zip(*value.values()))
         body = head(2, (1, len(rows))) + element(order, 5, struct.pack(order + "i", 32)) + element(order, 1, b"".join(k.encode().ljust(32, b"\0") for k in value))
         body += b"".join(matrix(order, v) for row in rows for v in row)
+    elif isinstance(value, np.ndarray) and value.dtype == object:
+        body = head(1, value.shape) + b"".join(matrix(order, v) for v in value.ravel(order="F"))
     else:
         array, storage = value if isinstance(value, tuple) else (value, value.dtype.str[1:])
         stored = array.astype(order + storage).tobytes(order="F")
@@ -100,6 +102,7 @@ def one(value, storage="u1"):
 EVERY_KIND = dict(
     numbers=np.arange(6.0).reshape(2, 3), labels=row(1, 77, 102), ids=row(8189, 300, storage="u2"), text="Ram C/V Cargo Van ü", cell=["a", "bc", np.array([[7]], "i4")],
     records={"class": [one(196), one(3)], "fname": ["00001.jpg", "00002.jpg"]}, nested=[{"deep": [["x"]]}],
+    square=np.array([["a", "b", "c"], ["d", "e", "f"]], object),
 )
 
 # ------------------------------------------------------------------------------------------------ read_mat
@@ -118,6 +121,7 @@ def test_read_mat_reads_numbers_text_cells_and_structs_compressed_or_not_in_both
     assert got["cell"].shape == (3, 1) and got["cell"][:2, 0].tolist() == ["a", "bc"] and got["cell"][2, 0].tolist() == [[7]]
     assert got["records"]["fname"].tolist() == [["00001.jpg", "00002.jpg"]]
     assert [v.item() for v in got["records"]["class"][0]] == [196, 3]
+    assert got["square"].tolist() == [["a", "b", "c"], ["d", "e", "f"]]
     assert got["nested"][0, 0]["deep"][0, 0][0, 0] == "x"
 
 
