@@ -620,7 +620,7 @@ def test_sec_4_1_learning_rate_follows_deits_rule():
     r = dcal.RECIPES["cub"]
     steps, per_epoch = 100 * 374, 374
     peak = lambda recipe: max(common.lr_at(recipe, s, steps, per_epoch) for s in range(0, steps, 11))
-    assert common.lr_at(r, 5 * per_epoch, steps, per_epoch) == pytest.approx(1.5625e-5) == pytest.approx(peak(r), rel=1e-3)
+    assert common.lr_at(r, 5 * per_epoch, steps, per_epoch) == pytest.approx(1.5625e-5) and peak(r) == pytest.approx(1.5625e-5, rel=1e-3)
     assert common.lr_at(dataclasses.replace(r, batch_size=64), 5 * per_epoch, steps, per_epoch) == pytest.approx(6.25e-5)
     assert common.lr_at(r, 0, steps, per_epoch) == 1e-6 and common.lr_at(r, steps, steps, per_epoch) == pytest.approx(0, abs=1e-12)
     r = dcal.RECIPES["msmt17"]
