@@ -17,7 +17,8 @@ Where this differs from the paper:
   - Level 3 is cropped from the image at its absolute place, not from the level-2 crop. The pixels are the same (tested) in the paper's settings.
   - torchvision pads EfficientNet's convolutions on both sides, TensorFlow mostly right and below, so a cell of a map sits elsewhere in the image: TAPS
     names the rows and columns whose centres agree. torchvision's weights are plain ImageNet's; the authors start from Noisy Student's (Sec. 5.3).
-  - The small backbone, the recipes toy and folder, baseline="separate" and logit_scale are ours. SMALL networks have no batch statistics (GroupNorm).
+  - The small backbone, the recipes toy and folder, baseline="separate" and logit_scale are ours.
+A finding: under Adam lambda_f has no effect. The location module learns from the policy terms alone, and Adam divides the scale of a gradient away.
 Where the paper and the authors' code differ (the appendix, which may settle some of these, was not available to us):
   - Selection. Paper: cells are sampled without replacement in training. Code: always the k most probable ones. We: select="sample", with the log-probability
     of the ordered sample; select="topk" is the code, with its sum of log-softmax (which would bias the gradient of a sample; tested). Evaluation is top-k.
@@ -74,7 +75,6 @@ class Recipe(common.Recipe):
     use_context: bool = opt(True, "off: classify from the attended locations only (Sec. 5.4)")
     policy: str = opt("learned", "which cells: of the location module; random or fixed ones as controls", ("learned", "random", "fixed"))
     fixed_cells: tuple[int, ...] = opt((), "policy=fixed: the cells, counted row by row from 0; the first k are used")
-    antialias: bool = opt(False, "low-pass filter where views are shrunk (authors' code: off)")
     # ---- learning rule
     select: str = opt("sample", "training: sample cells without replacement (Sec. 3.1); topk: the most probable (authors' code)", ("sample", "topk"))
     normalize_logits: bool = opt(True, "divide the location logits by their L2 norm (authors' code)")
@@ -480,27 +480,27 @@ class TNet(nn.Module):
         C = self.backbone.channels
         self.dropout = nn.Dropout(0.0 if recipe.backbone == "bagnet77" else recipe.dropout)
         self.classifier = nn.Linear(C, num_classes)
-        initialize(self.classifier)
-        if not recipe.hard_attention:
-            return
-        efficient = recipe.backbone.startswith("efficientnet")
-        self.location = LocationSqueezeExcite(self.backbone.map_channels) if efficient else LocationConcat(self.backbone.map_channels, C)
-        self.position = PositionAdd(C) if efficient else PositionConcat(C)
-        self.weighting = FeatureWeighting(C) if recipe.feature_weighting else None
-        for module in (self.location, self.position, self.weighting):
-            if module is not None:
+        if recipe.hard_attention:
+            efficient = recipe.backbone.startswith("efficientnet")
+            self.location = LocationSqueezeExcite(self.backbone.map_channels) if efficient else LocationConcat(self.backbone.map_channels, C)
+            self.position = PositionAdd(C) if efficient else PositionConcat(C)
+            self.weighting = FeatureWeighting(C) if recipe.feature_weighting else None
+            self.register_buffer("baseline", torch.full((2,), 0.5))  # b of Eq. 2, for R^s and for R^k; the same value twice when shared
+            self.learns_where = recipe.policy == "learned" and recipe.lambda_f > 0 and bool(self.locations)
+            self.location.requires_grad_(self.learns_where)  # else it would have no gradient, which DistributedDataParallel refuses
+        for name, module in self.named_children():
+            if name != "backbone" and recipe.backbone != "small":
                 initialize(module, glorot=recipe.backbone == "bagnet77")
-        self.register_buffer("baseline", torch.full((2,), 0.5))  # b of Eq. 2, for R^s and for R^k; the same value twice when shared
-        self.learns_where = recipe.policy == "learned" and recipe.lambda_f > 0 and bool(self.locations)
-        self.location.requires_grad_(self.learns_where)  # else it would have no gradient, which DistributedDataParallel refuses
 
     # ---- one view
+    def rescale(self, views):
+        """Any view -> base resolution, by bilinear interpolation without a low-pass filter (authors' code)."""
+        base = (self.recipe.base_resolution,) * 2
+        return views if views.shape[2:] == base else F.interpolate(views, base, mode="bilinear", align_corners=False)
+
     def extract(self, views):
         """Feature extraction module: views (n, 3, h, w) of any size -> F at the candidate locations (n, C_F, grid, grid), V (n, C)."""
-        base = (self.recipe.base_resolution,) * 2
-        if views.shape[2:] != base:
-            views = F.interpolate(views, base, mode="bilinear", align_corners=False, antialias=self.recipe.antialias)
-        middle, last = self.backbone(views)
+        middle, last = self.backbone(self.rescale(views))
         F_map = middle[:, :, self.rows][:, :, :, self.rows] if self.rows else F.adaptive_avg_pool2d(middle, self.recipe.grid)
         return F_map, self.vector(last)
 
@@ -679,27 +679,28 @@ class TNet(nn.Module):
 
     @torch.no_grad()
     def figure(self, images):
-        """Figures 1c and 4: the image with its attended cells, the first view, the location map, and the crops, best first (p: probability, w: weight)."""
-        r, pages = self.recipe, []
-        pictures = [common.to_pil(image, r.normalize) for image in images]
+        """Figures 1c and 4: the image with its attended cells, level 1, the location map, and the crops, best first (p: probability, w: weight)."""
+        r, (H, W), pages = self.recipe, images.shape[2:], []
+        zoom = max(1, 448 // H)  # room for labels on small images
+        pictures = [common.to_pil(image, r.normalize).resize((zoom * W, zoom * H), Image.Resampling.BICUBIC) for image in images]
         if not r.hard_attention:
             for picture, box, values in zip(pictures, self.where(images)[0], self.activation_map(images)):
-                pages.append(common.panels([common.draw_boxes(picture, box), common.heat(picture, values)], ["image", "evidence"]))
+                pages.append(common.panels([common.draw_boxes(picture, box * zoom), common.heat(picture, values)], ["evidence is strongest", "evidence for the answer"]))
             return pages
-        seen, base = self.traverse(images), (r.base_resolution,) * 2
-        weights = seen.features.new_full(seen.features.shape[:2], torch.nan) if self.weighting is None else self.weighting(seen.features)
+        seen, context = self.traverse(images), self.rescale(images)
+        weights = None if self.weighting is None else self.weighting(seen.features)  # (B, 1 + A)
         for i, picture in enumerate(pictures):
-            weight = lambda j: "" if self.weighting is None else f"  w {weights[i, j]:.2f}"
-            order = seen.reached[i].sort(descending=True, stable=True).indices.tolist()
-            boxes, p = seen.boxes[i].clamp(min=0).minimum(seen.boxes.new_tensor(picture.size * 2)), seen.reached[i]
-            marked = common.draw_boxes(picture, boxes[order], [f"{rank} {p[j]:.2f}" for rank, j in enumerate(order, 1)])
-            shown, captions = [marked, picture.resize(base, Image.Resampling.BILINEAR)], ["attended", f"context, {base[0]} px{weight(0)}"]
+            p, order = seen.reached[i], seen.reached[i].sort(descending=True, stable=True).indices.tolist()
+            weight = lambda k: "" if weights is None else f", w {weights[i, k]:.2f}"
+            boxes = (seen.boxes[i].clamp(min=0).minimum(seen.boxes.new_tensor((W, H, W, H))) * zoom)[order]
+            labels = [f"{rank}: {p[k]:.2f}" for rank, k in enumerate(order, 1)]
+            shown = [common.draw_boxes(picture, boxes, labels, width=3), common.to_pil(context[i], r.normalize)]
+            captions = ["attended locations", f"level 1, {r.base_resolution} px{weight(0)}"]
             if self.locations:
-                shown.append(common.heat(picture, self.location_map(seen.grids[0][i], images.shape[2:])))
-                captions.append("where to look")
-            for rank, j in enumerate(order, 1):
-                shown.append(picture.crop(boxes[j].tolist()).resize(base, Image.Resampling.BILINEAR))
-                captions.append(f"{rank}: p {p[j]:.2f}{weight(1 + j)}")
+                shown.append(common.heat(picture, self.location_map(seen.grids[0][i], (H, W))))
+                captions.append("probability of a look")
+            shown += [picture.crop(box) for box in boxes.tolist()]
+            captions += [f"{rank}: p {p[k]:.2f}{weight(1 + k)}" for rank, k in enumerate(order, 1)]
             pages.append(common.panels(shown, captions))
         return pages
 
