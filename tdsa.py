@@ -24,7 +24,7 @@ Where the paper and the authors' code differ (the default is the code's, which p
 - The mask of Eq. 3: the code draws one a batch and map, for all images. --mask batch|sample
 - Eq. 7 for C^h "higher than" C^l: it is lower by xi, and each high-level channel is repeated xi times.
 - The code knows 3, 6 and 9 channels a class, one image size and CUB; the paper has xi up to 5 and four datasets.
-- lambda = 10 and mu = 1.5 are the paper's; the code's arguments could be overwritten by a tuner. M's own beta is 20.
+- lambda = 10 and mu = 1.5 are the paper's; a tuner could overwrite the code's arguments. The released MC-Loss has beta = 20.
 - Test accuracy: the authors keep the best of 300 epochs on the test set and leave the last incomplete test batch out (5792 of 5794
   images of CUB). We score every image and report the last epoch.
 
@@ -37,6 +37,7 @@ Where this differs from the paper (what it leaves open; our choice)
 - Ragged groups for a pretrained backbone, whose channels are no multiple of the classes: the first classes get one channel less.
 - The head pools to the grid that the recipe's image size gives, so any other size goes through; at 224 it is the code's.
 - Tables V and VII (VI and VIII) disagree with each other for the same setting by 2.3 (0.4) points: different runs.
+- `where` of plain cross-entropy, none of whose channels belongs to a class, is the peak of its class activation map (Grad-CAM).
 - The nine competitor losses of Tables II and III have no published settings and are not part of this file.
 
   python train.py --method tdsa                                            toy birds, a minute or two on a CPU
@@ -267,7 +268,7 @@ def cwa_mask(classes, channels, generator=None):
     """The 0-1 mask of channel-wise attention (Eq. 3): (classes * channels,), for each class ceil(channels / 2) ones at random places."""
     if classes < 1 or channels < 1:
         raise ValueError(f"a mask for {classes} classes of {channels} channels: both must be 1 at least")
-    order = torch.rand(classes, channels, generator=generator).argsort(1)  # a random permutation for each class
+    order = torch.empty(classes, channels).uniform_(generator=generator).argsort(1)  # a random permutation for each class
     return (order < (channels + 1) // 2).float().flatten()
 
 
@@ -307,8 +308,10 @@ def mc_loss(features, targets, channels, mask=None, form="code"):
 
 
 def check_labels(targets, classes):
-    """Raise ValueError for labels outside 0..classes-1; on an accelerator looking would stall the queue, and its own assertion is left to speak."""
-    if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+    """Raise ValueError for labels outside 0..classes-1; where looking would stall an accelerator or break a graph, cross_entropy's own check is left to speak."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ValueError(f"labels from {int(targets.min())} to {int(targets.max())} for {classes} classes; allowed: 0 to {classes - 1}; check the dataset's labels")
 
 
