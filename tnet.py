@@ -153,6 +153,17 @@ TABLES = {
         *((f"TNet, 448, {k} locations", {"locations": k}, top1) for k, top1 in zip("0123", (47.79, 70.17, 71.46, 71.57))),
         ("TNet, 896, 4 locations", _fmow_896, 72.16), ("TNet, 896, 6 locations", {**_fmow_896, "locations": "2x2"}, 71.92),
     )),
+    "toy": Table("Where to look, on the toy birds", "toy", "top1", (
+        ("TNet, 3 locations", {}, None),
+        ("the low resolution alone", {"locations": "0"}, None),
+        ("random cells", {"policy": "random"}, None),
+        ("the three best constant cells", {"policy": "fixed", "fixed_cells": (12, 11, 13)}, None),
+        ("without per-feature regularisation", {"lambda_c": 1.0, "lambda_r": 1.0}, None),
+        ("one baseline for all rewards (authors' code)", {"baseline": "shared"}, None),
+    )),
+    "baseline": Table("TNet and its backbone on the whole image at full resolution", "toy", "top1", (
+        ("backbone at full resolution", {"hard_attention": False}, None), ("TNet, 3 locations", {}, None),
+    )),
     "fig3": Table("Backbones on CUB-200-2011 (the paper plots its values)", "cub", "top1", tuple(
         row for i in range(5) for row in (
             (f"EfficientNet-B{i}", {**_birds_en, "backbone": f"efficientnet_b{i}"}, None),
