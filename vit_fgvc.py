@@ -33,6 +33,7 @@ cannot be reproduced as printed. `--data plant` is the 2020 set with a hold-out 
     python train.py eval --run runs/vit_fgvc-cub --fusion full,object,parts,mean
 """
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +140,8 @@ def closing(mask):
     def cross(m):  # the pixel, above, below, left, right: (..., H, W) out of (..., H + 2, W + 2)
         return m[..., 1:-1, 1:-1], m[..., :-2, 1:-1], m[..., 2:, 1:-1], m[..., 1:-1, :-2], m[..., 1:-1, 2:]
 
-    grown = torch.stack(cross(F.pad(mask, (1, 1, 1, 1), value=False))).any(0)
-    return torch.stack(cross(F.pad(grown, (1, 1, 1, 1), value=True))).all(0)  # outside counts as foreground: the frame does not erode
+    grown = reduce(torch.bitwise_or, cross(F.pad(mask, (1, 1, 1, 1), value=False)))
+    return reduce(torch.bitwise_and, cross(F.pad(grown, (1, 1, 1, 1), value=True)))  # outside counts as foreground: the frame does not erode
 
 
 def connected_components(mask):
@@ -152,8 +153,7 @@ def connected_components(mask):
     """
     H, W = mask.shape[-2:]
     flat = F.pad(mask.reshape(-1, H, W), (0, 1, 0, 1)).flatten()  # a blank column and row: no run crosses a row or an image
-    starts = flat & ~F.pad(flat[:-1], (1, 0))
-    first = starts.nonzero()[:, 0]  # (R,) first and last pixel of each run
+    first = (flat & ~F.pad(flat[:-1], (1, 0))).nonzero()[:, 0]  # (R,) first and last pixel of each run
     last = (flat & ~F.pad(flat[1:], (0, 1))).nonzero()[:, 0]
     low = torch.searchsorted(last, first + W)  # runs low .. high - 1 of the next row (W + 1 pixels on) touch, also by a corner
     count = (torch.searchsorted(first, last + W + 2, right=True) - low).clamp(min=0)
@@ -167,8 +167,10 @@ def connected_components(mask):
             root = root[root]
         apart = root[above] != root[below]
         above, below = above[apart], below[apart]
-    number = F.pad((root == torch.arange(len(root), device=mask.device)).cumsum(0)[root], (1, 0))  # of each run, 1, 2, ... after a 0
-    return torch.where(flat, number[starts.cumsum(0)], 0).view(-1, H + 1, W + 1)[:, :H, :W].reshape(mask.shape)
+    number = (root == torch.arange(len(root), device=mask.device)).cumsum(0)[root]  # of each run
+    labels = flat.long()
+    labels[flat] = number.repeat_interleave(last - first + 1)
+    return labels.view(-1, H + 1, W + 1)[:, :H, :W].reshape(mask.shape)
 
 
 def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=False):
@@ -182,21 +184,23 @@ def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=Fal
     maps = attention.detach().reshape(-1, H, W)
     foreground = maps - maps.mean((1, 2), keepdim=True) > 1e-5 * maps.amax((1, 2), keepdim=True)  # 1e-5: a map constant up to rounding has no object
     labels = connected_components(closing(foreground))
-    image, row, col = labels.nonzero().T
-    label = labels[image, row, col] - 1
+    edges = F.pad(labels, (1, 1)).diff(dim=2) != 0  # a run of foreground in a row begins and ends at an edge; an image has few of them
+    image, row, first = (edges[:, :, :-1] & (labels > 0)).nonzero().T  # (R,)
+    last = (edges[:, :, 1:] & (labels > 0)).nonzero()[:, 2]
+    label = labels[image, row, first] - 1
     n = int(labels.max())
 
-    def over(values, reduce, start):  # one value per component
-        return torch.full((n,), start, dtype=values.dtype, device=maps.device).scatter_reduce(0, label, values, reduce)
+    def over(values, how, start):  # one value per component
+        return torch.full((n,), start, device=maps.device).scatter_reduce(0, label, values, how)
 
-    boxes = torch.stack([over(row, "amin", H), over(col, "amin", W), over(row, "amax", -1) + 1, over(col, "amax", -1) + 1], 1)  # (n, 4)
-    large = (label.bincount(minlength=n) >= min_area).nonzero()[:, 0]  # a few at most
+    boxes = torch.stack([over(row, "amin", H), over(first, "amin", W), over(row, "amax", -1) + 1, over(last, "amax", -1) + 1], 1)  # (n, 4)
+    large = (over(last - first + 1, "sum", 0) >= min_area).nonzero()[:, 0]  # a few at most
     owners, large_boxes = over(image, "amax", -1)[large].tolist(), boxes[large].tolist()
     if score == "region":
-        scores = over(maps[image, row, col], "amax", -torch.inf)[large].tolist()
+        scores = [maps[i][labels[i] == k + 1].max() for i, k in zip(owners, large.tolist())]
     else:
         scores = [maps[i, r1:r2, c1:c2].max() for i, (r1, c1, r2, c2) in zip(owners, large_boxes)]
-        scores = torch.stack(scores).tolist() if scores else []
+    scores = torch.stack(scores).tolist() if scores else []
     found, best = fallback_boxes(len(maps), H, W, fallback, random).tolist(), [-torch.inf] * len(maps)
     for i, box, value in zip(owners, large_boxes, scores):  # in scan order
         if value > best[i]:
