@@ -17,7 +17,7 @@ head's channel shows the beak's where to search. Everything happens in the loss:
 The paper writes xi for two things. Here `xi` is that of Sec. IV-D, middle channels per high-level channel; the number of channels of
 one class in the map at hand, the xi of Eqs. 3 and 5, is `channels`: 3 at the high level, 3 * xi at the middle one.
 
-Where the paper and the authors' code differ (the default is the code's, which produced the numbers)
+Where the paper and the authors' code differ (the default is the code)
 - Diversity: Eqs. 1 and 6 subtract lambda * mean h. The code adds beta * (1 - mean h / channels), beta = 15 = mu * lambda. Same sign, but
   dividing by the channels weakens it 3 times at the high level and 3 * xi times at the middle one. --diversity code|paper
 - Eq. 6 sums over i = 1..N, the number of images, and divides by S: the mean over classes and images is meant.
