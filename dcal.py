@@ -48,6 +48,7 @@ Where this differs from the paper (what it leaves open; our choice)
   python train.py eval --run runs/dcal-toy --infer both,sa,glca              Sec. 4.6
 """
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,13 +69,14 @@ class Recipe(common.Recipe):
     glca: bool = opt(True, "global-local cross-attention branch (Sec. 3.2)")
     glca_blocks: int = opt(1, "M, GLCA blocks, beside the last M self-attention blocks (Fig. 2)")
     local_ratio: float = opt(0.1, "R, share of the patches kept as local queries, in (0, 1] (Sec. 4.1)")
-    select: str = opt("rollout", "local queries: where the class token's attention flows to; by the last layer's attention alone; at random (Sec. 4.4)", ("rollout", "last", "random"))
+    select: str = opt("rollout", "local queries: by the rollout, by the last layer's attention alone, or at random (Sec. 4.4)", ("rollout", "last", "random"))
     kv: str = opt("global", "GLCA's keys and values: all tokens (Eq. 3) or the local queries' own tokens (Sec. 4.4)", ("global", "local"))
     glca_readout: str = opt("cls", "GLCA's feature: its class token, or the mean of its output tokens (our addition: see the finding above)", ("cls", "mean"))
     local_queries: str = opt("needed", "compute the local queries only where the read-out depends on them, or always, as drawn in Fig. 1", ("needed", "always"))
     pwca: bool = opt(True, "pair-wise cross-attention branch in training (Sec. 3.3)")
     pwca_blocks: int = opt(12, "T, the last T blocks attend to the pair (Fig. 2); more than there are: all")
-    pair: str = opt("any", "second image: any of the batch; of the same class; of another; mixed 1:1; or Gaussian keys and values (Table 4)", ("any", "intra", "inter", "mixed", "noise"))
+    pair: str = opt(
+        "any", "second image: any; of the same class; of another; the two 1:1; or Gaussian keys and values (Table 4)", ("any", "intra", "inter", "mixed", "noise"))
     image_noise: float = opt(0.0, "deviation of Gaussian noise on the standardised training images (Table 4; the level is our choice)")
     label_noise: float = opt(0.0, "share of training labels replaced by a random class (Table 4; the level is our choice)")
     dynamic_loss: bool = opt(True, "weigh the branches' losses by learned uncertainties (Sec. 4.1); off: their sum")
@@ -172,9 +174,15 @@ TABLES = {
         ("queries by the last layer's attention, mean read-out (ours)", GLCA_ONLY | {"select": "last", "glca_readout": "mean"}, None),
         ("GLCA, mean read-out (ours)", GLCA_ONLY | {"glca_readout": "mean"}, None),
     )),
-    "infer": Table("Sec. 4.6: trained as DCAL, tested with", "cub", "top1", (("SA and GLCA", {}, 84.6), ("SA alone", {"infer": "sa"}, 84.3), ("GLCA alone", {"infer": "glca"}, None))),
-    "fig2-glca": Table("Figure 2: number of GLCA blocks (values not printed)", "cub", "top1", tuple((f"M = {m}", GLCA_ONLY | {"glca_blocks": m}, {1: 83.1}.get(m)) for m in (1, 2, 3))),
-    "fig2-pwca": Table("Figure 2: number of PWCA blocks (values not printed)", "cub", "top1", tuple((f"T = {t}", PWCA_ONLY | {"pwca_blocks": t}, {0: 82.1, 12: 83.1}.get(t)) for t in (0, 4, 8, 12))),
+    "infer": Table("Sec. 4.6: trained as DCAL, tested with", "cub", "top1", (
+        ("SA and GLCA", {}, 84.6), ("SA alone", {"infer": "sa"}, 84.3), ("GLCA alone", {"infer": "glca"}, None),
+    )),
+    "fig2-glca": Table("Figure 2: GLCA blocks (most values are only drawn)", "cub", "top1", (
+        ("M = 1", GLCA_ONLY, 83.1), ("M = 2", GLCA_ONLY | {"glca_blocks": 2}, None), ("M = 3", GLCA_ONLY | {"glca_blocks": 3}, None),
+    )),
+    "fig2-pwca": Table("Figure 2: PWCA blocks (most values are only drawn)", "cub", "top1", (
+        ("T = 0", PLAIN, 82.1), ("T = 4", PWCA_ONLY | {"pwca_blocks": 4}, None), ("T = 8", PWCA_ONLY | {"pwca_blocks": 8}, None), ("T = 12", PWCA_ONLY, 83.1),
+    )),
 }
 
 # ------------------------------------------------------------------------------------------------ global-local cross-attention (Sec. 3.2)
@@ -272,7 +280,7 @@ def triplet_loss(features, targets):
 
 
 class BNNeck(nn.Module):
-    """Re-ID classifier: features (B, C) -> batch norm without shift -> linear without bias -> logits (B, K). The triplet loss and the test use the features before it."""
+    """Re-ID classifier: features (B, C) -> batch norm without shift -> linear without bias -> logits (B, K). Triplet loss and test use its input."""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -297,7 +305,7 @@ def make_head(recipe, dim, classes):
 def fuse(logits):
     """Logits of several classifiers, (B, K) each -> log of the mean of their softmax probabilities (Sec. 4.1 adds them: the same order of classes)."""
     log_probabilities = torch.stack([x.float().log_softmax(1) for x in logits])
-    return log_probabilities.logsumexp(0) - torch.tensor(float(len(logits))).log().to(log_probabilities)
+    return log_probabilities.logsumexp(0) - math.log(len(logits))
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -496,7 +504,7 @@ def _summary(precision, first, queries):
 
 
 def reid_scores(distances, query_ids, query_cameras, gallery_ids, gallery_cameras):
-    """Single-query protocol of Market-1501, DukeMTMC, MSMT17 and VeRi: distances (Q, G), integer ids and cameras -> dict mAP, cmc (10,) for ranks 1 to 10, skipped.
+    """Single-query protocol of Market-1501, DukeMTMC, MSMT17 and VeRi: distances (Q, G), integer ids and cameras -> dict mAP, cmc (10,), skipped.
 
     For a query, gallery images of its identity from its camera and junk (identity -1) are removed; a query without any match left is skipped, not counted as 0.
     """
@@ -530,7 +538,8 @@ def build(recipe, num_classes):
     if not 0 < recipe.local_ratio <= 1:
         raise ValueError(f"--local-ratio {recipe.local_ratio} is outside (0, 1]; the paper has 0.1 for FGVC and 0.3 for Re-ID")
     if not 0 <= recipe.label_noise <= 1 or recipe.image_noise < 0 or recipe.pwca_blocks < 0:
-        raise ValueError(f"--label-noise {recipe.label_noise} (0 to 1), --image-noise {recipe.image_noise} (at least 0) and --pwca-blocks {recipe.pwca_blocks} (at least 0): one is out of range")
+        given = f"--label-noise {recipe.label_noise} --image-noise {recipe.image_noise} --pwca-blocks {recipe.pwca_blocks}"
+        raise ValueError(f"{given}: one is out of range; label noise is 0 to 1, the others at least 0")
     if recipe.infer == "glca" and not recipe.glca:
         raise ValueError("--infer glca --no-glca: there is no GLCA branch to ask; use --infer sa")
     vit = common.vit(recipe.backbone, recipe.image_size, drop_path=recipe.drop_path)
@@ -553,4 +562,5 @@ def param_groups(model, recipe):
             plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed"))
             kind = "log_vars" if name == "log_vars" else "bias" if bias else "no decay" if plain else "decay"
             groups.setdefault(kind, []).append(parameter)
-    return [{"params": params, "weight_decay": recipe.weight_decay if kind == "decay" else 0.0, "lr_scale": recipe.bias_lr if kind == "bias" else 1.0} for kind, params in groups.items()]
+    decay, scale = {"decay": recipe.weight_decay}, {"bias": recipe.bias_lr}
+    return [{"params": params, "weight_decay": decay.get(kind, 0.0), "lr_scale": scale.get(kind, 1.0)} for kind, params in groups.items()]
