@@ -655,6 +655,20 @@ def test_sec4_the_policy_finds_what_only_the_full_resolution_tells():
     assert found > 0.8 and right > 0.85, (found, right)  # at random 0.11, and 0.56
 
 
+def test_under_adam_the_weight_of_the_policy_terms_does_not_matter():
+    weights = []
+    for lambda_f in (0.05, 1.0):
+        model = tiny(lambda_f=lambda_f)
+        optimizer = torch.optim.Adam(tnet.param_groups(model, model.recipe), lr=1e-3, eps=1e-12)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(6, 3, 128, 128), torch.arange(6) % 3)[0].backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.location.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in tiny().location.parameters()])
+    assert (weights[0] - start).abs().max() > 1e-3 and (weights[0] - weights[1]).abs().max() < 1e-4
+
+
 # ---------------------------------------------------------------- what it looked at, and its classifiers
 
 
