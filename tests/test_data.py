@@ -339,7 +339,7 @@ def test_to_input_follows_the_pixels(settings):
     split = data.Split(["held/0"], [0], boxes=np.array([[60, 20, 140, 100]], np.float32), images=[image])
     photos = data.Photos(split, settings, False)
     seen = photos[0][0][0].double() / 255
-    box = data.to_input(np.array([[x1, y1, x2, y2]]), photos[0][3], settings, photos.region(0, (120, 200)))[0]
+    box = data.to_input(np.array([[x1, y1, x2, y2]]), photos[0][3], settings, photos.region(0, photos[0][3]))[0]
     rows, columns = seen.amax(1), seen.amax(0)
     assert abs(float(rows.sum()) - (box[3] - box[1])) < 0.6 and abs(float(columns.sum()) - (box[2] - box[0])) < 0.6  # extents, from antialiased edges
     assert abs(float((rows * (torch.arange(H) + 0.5)).sum() / rows.sum()) - (box[1] + box[3]) / 2) < 0.3
@@ -366,6 +366,8 @@ def test_a_training_item_is_a_function_of_seed_epoch_and_index_whatever_the_work
     assert all(torch.equal(a, b) for a, b in zip(alone, with_workers))
     assert not torch.equal(alone[0], alone[2])  # another epoch
     assert not torch.equal(photos[(0, 0)][0], data.Photos(split, recipe(**EVERYTHING), True, seed=4)[(0, 0)][0])  # another seed
+    twins = data.Photos(data.Split(["held/0", "held/1"], [0, 0], images=split.images[:1] * 2), recipe(**EVERYTHING), True)
+    assert not torch.equal(twins[(0, 0)][0], twins[(0, 1)][0])  # another index
     state = torch.get_rng_state()
     photos[(0, 1)]
     assert torch.equal(state, torch.get_rng_state())
