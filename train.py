@@ -1215,12 +1215,13 @@ def run_rows(opts, world, folder, title, metric, rows):
             one.seed, one.out, one.resume = seed, str(folder / f"{method}-{slug}-seed{seed}"), None
             check_row(one)
             try:
-                results.append(finish_row(one, world))
+                result = finish_row(one, world)
             except ValueError as error:  # a row that this data cannot have is said in the table; the others go on
                 results, problem = [], str(error)
                 break
-        if results and not isinstance(results[-1], dict):
-            return results[-1]  # stopped: the exit status
+            if not isinstance(result, dict):
+                return result  # stopped: the exit status
+            results.append(result)
         lines.append((method, name, paper, results, "" if results else problem))
         if lead:
             folder.mkdir(parents=True, exist_ok=True)

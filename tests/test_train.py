@@ -648,6 +648,20 @@ def test_a_table_resumes_aggregates_over_seeds_and_prints_the_papers_number(two_
     assert kept["rows"][0]["ours"] == [25.0, 75.0] and kept["rows"][0]["paper"] == 28.5 and kept["commit"] == train.git_commit()
 
 
+def test_a_stopped_table_stops_and_goes_on_where_it_was(two_rows, room, monkeypatch):
+    real = train.update
+
+    def stopping(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "update", stopping)
+    assert run(*TABLE, "--seeds", "0,1") == 143
+    assert [p.name for p in Path("runs/table-tdsa-t-toy").iterdir()] == ["tdsa-ce-seed0"]
+    monkeypatch.setattr(train, "update", real)
+    assert run(*TABLE) == 0 and last("runs/table-tdsa-t-toy/tdsa-ce-seed0")["step"] == 2
+
+
 def test_a_table_refuses_rows_of_another_commit_unless_asked(two_rows, room, capsys):
     assert run(*TABLE) == 0
     path = Path("runs/table-tdsa-t-toy/tdsa-ce-seed0/result.json")
