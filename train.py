@@ -1183,13 +1183,13 @@ def table(opts, world):
     if opts.table not in tables:
         raise ValueError(f"{opts.method} has no table {opts.table!r}; it has: {', '.join(tables)}")
     chosen, folder = tables[opts.table], Path(opts.out or f"runs/table-{opts.method}-{opts.table}-{opts.data}")
-    run_rows(opts, world, folder, f"{opts.method}, table {opts.table}: {chosen.title}", chosen.metric, [(opts.method, *row) for row in chosen.rows])
+    return run_rows(opts, world, folder, f"{opts.method}, table {opts.table}: {chosen.title}", chosen.metric, [(opts.method, *row) for row in chosen.rows])
 
 
 def compare(opts, world):
     """The compare action: every method's `baseline` table on the same data, with pointing, parameters, MACs and ms/image."""
     rows = [(method, *row) for method, module in METHODS.items() if "baseline" in module.TABLES for row in module.TABLES["baseline"].rows]
-    run_rows(opts, world, Path(opts.out or f"runs/compare-{opts.data}"), f"methods and their plain baselines on {opts.data}", "top1", rows)
+    return run_rows(opts, world, Path(opts.out or f"runs/compare-{opts.data}"), f"methods and their plain baselines on {opts.data}", "top1", rows)
 
 
 def run_rows(opts, world, folder, title, metric, rows):
