@@ -415,6 +415,7 @@ VITS = {  # name -> (arguments of VisionTransformer, official weights); deit: tr
     "vit_base": (dict(dim=768, depth=12, heads=12), JAX + "ViT-B_16.npz"),
     "r50_vit_base": (dict(dim=768, depth=12, heads=12, stem="r50"), JAX + "R50%2BViT-B_16.npz"),
     "toy_vit": (dict(dim=96, depth=4, heads=4, mlp_ratio=3, patch_size=8, stem="conv"), ""),  # for small pictures, from scratch
+    "toy_vit16": (dict(dim=64, depth=2, heads=4, mlp_ratio=3, patch_size=16, stem="conv"), ""),  # a third of its cost at twice the pixels
 }
 
 

@@ -454,7 +454,11 @@ def build(recipe, num_classes):
     if recipe.parts < 1 or recipe.stride < 1 or not 0 < recipe.fallback <= 1:
         raise ValueError(f"--parts {recipe.parts} and --stride {recipe.stride} must be at least 1, --fallback {recipe.fallback} in (0, 1]")
     model = MultiStageViT(recipe, num_classes)
-    if recipe.weights != "none":
+    if recipe.weights == "none":
+        for layer in model.encoder.modules():
+            if isinstance(layer, nn.Linear):  # Glorot's range as in Google's ViT: from scratch, a narrow encoder with timm's 0.02 stays at chance several times longer
+                nn.init.xavier_uniform_(layer.weight)
+    else:
         source = VIT_BASE_384 if recipe.weights == "default" and recipe.backbone == "vit_base" else recipe.weights
         held = common.load_vit(model.encoder, source)
         if "encoder.cls_token" in held:
