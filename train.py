@@ -402,6 +402,7 @@ class StopRequest:
 def train(opts, world):
     """Train one recipe from options to result.json -> the result, or exit status 130 / 143 when stopped."""
     recipe, method, lead = opts.recipe, METHODS[opts.method], world.rank == 0
+    seed_all(opts.seed + world.rank)
     folder = Path(opts.resume or opts.out or f"runs/{opts.method}-{opts.recipe_name}{'-' + opts.name if opts.name else ''}")
     if not opts.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds another run; go on with --resume {folder}, choose --out DIR or --name NAME, or delete it")
