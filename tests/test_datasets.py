@@ -177,10 +177,11 @@ def bombs():
     yield "negative", start + element14(head(6, (-1, -8)) + element("<", 9, bytes(64)))
     yield "cells announced", start + element14(head(1, (2**30, 2)))
     yield "empty cells", start + element14(head(1, (400_000, 1)) + struct.pack("<II", 14, 0) * 400_000)
-    fields = element("<", 5, struct.pack("<i", 4)) + element("<", 1, b"".join(b"%03x\0" % (i % 4096) for i in range(500_000)))
+    fields = element("<", 5, struct.pack("<i", 4)) + element("<", 1, b"".join(b"%03x\0" % (i % 4096) for i in range(900_000)))
     yield "fields", start + element14(head(2, (0, 0)) + fields)
     yield "field width 0", start + element14(head(2, (1, 1)) + element("<", 5, struct.pack("<i", 0)) + element("<", 1, b"abcdefgh"))
     yield "rows of text", start + element14(head(4, (2**31 - 1, 0)) + element("<", 16, b"x" * 9))
+    yield "short rows of text", start + element14(head(4, (1_200_000, 2)) + element("<", 16, b"ab" * 1_200_000))
     yield "wide text", start + element14(head(4, (1, 10**6)) + element("<", 16, "\U0001f426".encode() + b"x" * 10**6))
     deep = b""
     for _ in range(5000):
