@@ -273,6 +273,17 @@ def load_checkpoint(path):
     return held["state"]
 
 
+def load_newest(folder):
+    """A run folder's last.pt, or the checkpoint before it when that is damaged or missing -> (state, path, what was wrong or None)."""
+    problem = None
+    for path in (Path(folder) / "last.pt", Path(folder) / "last.prev.pt"):
+        try:
+            return load_checkpoint(path), path, problem
+        except (ValueError, FileNotFoundError) as error:
+            problem = problem or error
+    raise problem
+
+
 def fetch(url, sha256=""):
     """Download `url` once into torch's hub folder and return the path; `sha256` (a prefix is enough) is checked when given."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
@@ -288,8 +299,9 @@ def fetch(url, sha256=""):
 def read_state(source):
     """Weights of a file as a dict name -> tensor: a run folder, one of our checkpoints, a .pth/.pyth/.pt/.bin of others, or an .npz."""
     path = Path(source)
-    if path.is_dir():
-        path = path / "last.pt"
+    if path.is_dir() and (path / "run.json").exists():
+        state = load_newest(path)[0]
+        return state["ema"] or state["model"]
     if not path.is_file():
         raise FileNotFoundError(f"--weights {source}: no such file; give none, default, a checkpoint file or a run folder")
     if path.suffix == ".npz":
@@ -301,7 +313,7 @@ def read_state(source):
         raise ValueError(f"--weights {source}: cannot be read as tensors ({type(error).__name__}); convert it to a plain state_dict") from None
     if isinstance(held, dict) and {"format", "checksum", "state"} <= set(held):
         state = load_checkpoint(path)
-        return state.get("ema") or state["model"]
+        return state["ema"] or state["model"]
     for key in ("state", "model", "model_state", "state_dict"):  # how DeiT, SlowFast and others wrap theirs
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]

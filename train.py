@@ -67,6 +67,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """Command line -> options with .action, .method (name), .data, .recipe (a Recipe), .run (folders) and the run's flags."""
     argv = list(argv)
+    for i in range(len(argv) - 1, 0, -1):
+        if argv[i - 1] == "--against":  # its value looks like a flag, which argparse refuses unless it is joined
+            argv[i - 1 : i + 1] = [f"--against={argv[i]}"]
     action = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if action not in ACTIONS:
         raise ValueError(f"unknown action {action!r}; allowed: {', '.join(ACTIONS)}")
@@ -87,12 +90,16 @@ def parse(argv):
     if first.run and action in ("train", "table", "compare"):
         raise ValueError(f"--run names a run to look at (eval, predict, figures, profile); to {action} use --resume DIR, or --weights DIR to start from its weights")
 
+    if first.resume and first.recipe:
+        raise ValueError("--resume goes on with the run's own recipe; leave --recipe away, or start anew from its weights with --weights DIR")
     method = run["method"] if run else first.method
     asks_help = {"-h", "--help"} & set(rest)
     if method is None and action != "compare" and not asks_help:
         raise ValueError(f"name a method: --method {'|'.join(METHODS)}" + ("" if action == "train" else ", or a run folder: --run DIR"))
     if method is not None and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+    if action == "compare" and (first.method or first.recipe):
+        raise ValueError("compare runs every method with its own recipe; leave --method and --recipe away, or use table --method M")
     name = run["data"] if run else first.data or "toy"
     if run and (first.method not in (None, method) or first.data not in (None, name)):
         raise ValueError(f"the run is {method} on {name}: leave --method and --data away, or act on another run")
@@ -142,16 +149,20 @@ def parse(argv):
         recipe = recipe_from(module, run["recipe"]) if run and not first.recipe else module.RECIPES[chosen]
         if not first.resume:
             common.add_options(cli, recipe, sweep=action == "eval")
+    if first.resume:
+        cli.set_defaults(seed=run["seed"], **run["flags"])
     opts = cli.parse_args(argv)
     fields = {f.name for f in dataclasses.fields(recipe)} if recipe else set()
     given = {k: v for k, v in vars(opts).items() if k in fields}
     opts.action, opts.method, opts.data, opts.given, opts.run_info = action, method, name, given, run
     opts.variants = [(label, recipe) for label, recipe in variants(recipe, given)] if recipe else []
+    if len(opts.variants) > 1 and action not in ("eval", "profile"):
+        raise ValueError(f"several values with commas ({opts.variants[0][0]}, ...) are for eval and profile; {action} takes one")
     for flags in getattr(opts, "against", []):
         extra = Parser(add_help=False, allow_abbrev=False)
         common.add_options(extra, recipe)
         opts.variants.append((flags.strip(), dataclasses.replace(opts.variants[0][1], **vars(extra.parse_args(shlex.split(flags))))))
-    for flag, least in (("workers", 0), ("save_every", 0), ("eval_every", 1), ("images", 1), ("profile_batch", 1), ("rounds", 1), ("threads", 0), ("classes", 0)):
+    for flag, least in (("seed", 0), ("workers", 0), ("save_every", 0), ("eval_every", 1), ("images", 1), ("profile_batch", 1), ("rounds", 1), ("threads", 0), ("classes", 0)):
         if getattr(opts, flag, None) is not None and getattr(opts, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(opts, flag)} is out of range; allowed: at least {least}")
     opts.recipe_name, opts.recipe = (chosen, opts.variants[0][1]) if recipe else ("", None)
@@ -184,7 +195,7 @@ def read_run(folder):
         raise FileNotFoundError(f"{folder} is no run folder (it has no run.json); train one first, or see ls runs")
     try:
         run = json.loads(path.read_text())
-        run["method"], run["data"], run["recipe"], run["classes"]
+        [run[key] for key in ("method", "data", "recipe", "recipe_name", "classes", "seed", "flags")]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: it is not the JSON that training writes") from None
     return run
@@ -212,7 +223,11 @@ class World:
 
     def any(self, flag):
         """Largest int flag of any process."""
-        return int(flag) if self.size == 1 else max(self.gather(int(flag)))
+        if self.size == 1:
+            return int(flag)
+        flag = torch.tensor(int(flag))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return flag.item()
 
     def gather(self, value):
         """List of every process's value."""
@@ -229,6 +244,8 @@ def start(opts):
     if opts.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     use_cuda = opts.device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes, or use --device cpu")
     device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -309,14 +326,15 @@ def collate(items):
 
 
 def make_loader(photos, workers, device, **sampling):
-    """DataLoader that leaves the global random state alone and whose workers leave Ctrl-C to the main process."""
+    """DataLoader that leaves the global random state alone and whose workers leave stop signals to the main process."""
     return torch.utils.data.DataLoader(
         Readable(photos), num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=_ignore_interrupts, **sampling)
+        generator=torch.Generator(), worker_init_fn=_ignore_signals, **sampling)
 
 
-def _ignore_interrupts(worker):
+def _ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def epoch_batches(split, recipe, epoch, seed, world, start=0):
@@ -333,9 +351,12 @@ def epoch_batches(split, recipe, epoch, seed, world, start=0):
 
 
 def load_data(opts):
-    """The dataset of the options, downloaded first when asked."""
+    """The dataset of the options, downloaded first when asked (by the first process of each machine)."""
     if opts.download:
-        data.download(opts.data, opts.root)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            data.download(opts.data, opts.root)
+        if dist.is_initialized():
+            dist.barrier()
     return data.load(opts.data, opts.root, opts.recipe)
 
 
@@ -343,7 +364,7 @@ def workers_of(opts):
     """Number of decoding processes: given, or none for the toy (it lives in memory), else the cores, at most 8."""
     if opts.workers is not None:
         return opts.workers
-    return 0 if opts.data == "toy" else min(8, os.cpu_count() or 1)
+    return 0 if opts.data == "toy" else min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ------------------------------------------------------------------------------------------------ 4 model, 5 optimizer
@@ -392,7 +413,7 @@ class StopRequest:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: stopping after this step (a second Ctrl-C stops at once)", file=sys.stderr)
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (a second Ctrl-C stops at once)\n".encode())  # print is not safe in a handler
 
     def restore(self):
         for number, handler in self.before.items():
@@ -409,43 +430,45 @@ def train(opts, world):
 
     splits = load_data(opts)
     test_split, test_name = (splits.val, "val") if splits.val else (splits.test, "test")
-    saved = load_last(folder, opts, splits.classes) if opts.resume else None
+    saved = load_last(folder, opts, world, splits.classes) if opts.resume else None
     photos = data.Photos(splits.train, recipe, True, opts.seed)
     test_photos = data.Photos(test_split, recipe, False)
     per_epoch = len(epoch_batches(splits.train, recipe, 0, opts.seed, world))
     steps = recipe.iterations or recipe.epochs * per_epoch
 
     model = build(opts, recipe, len(splits.classes), world.device)
-    ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
     optimizer = make_optimizer(recipe, method.param_groups(model, recipe))
     context, scaler = precision(recipe, world.device)
     wrapped = model
     if world.size > 1:
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None, find_unused_parameters=True)
+    ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None  # after the processes were given the same weights
 
     # -- 6 resume
-    step, sums, count, seconds, best, bad_images = 0, {}, 0, 0.0, {}, []
-    if saved:
+    step, sums, count, seconds, best, scores, bad_images = 0, {}, 0, 0.0, {}, {}, []
+    if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if ema:
             ema.load_state_dict(saved["ema"])
-        step, seconds, best, bad_images = (saved[k] for k in ("step", "seconds", "best", "bad_images"))
-        shares = saved["processes"]  # what differed between the processes: sums for the log and random states
-        if len(shares) == world.size:
-            set_rng_state(shares[world.rank]["rng"], world.device)
+        step, seconds, best, scores = (saved[k] for k in ("step", "seconds", "best", "scores"))
+        same = len(saved["processes"]) == world.size
+        if same:
+            set_rng_state(saved["processes"][world.rank]["rng"], world.device)
         else:  # another number of processes: the same run in law, not in bits
             seed_all(opts.seed + 7919 * step + world.rank)
-            shares = shares if lead else []
-        for share in shares if len(shares) != world.size else [shares[world.rank]]:
-            count += share["count"]
+        for r, share in enumerate(saved["processes"]):  # what differed between the processes; the sums of processes that are no more go to the first
+            mine = int(r == world.rank if same else lead)
+            count += mine * share["count"]
+            bad_images += share["bad_images"] if mine else []
             for name, value in share["sums"].items():
-                sums[name] = sums.get(name, 0) + value.to(world.device)
+                sums[name] = sums.get(name, 0) + mine * value.to(world.device)
         if lead:
-            keep_log(folder / "log.jsonl", step)
+            keep_log(folder / "log.jsonl", step - bool(sums))  # sums: the epoch's line is still to be written
     elif lead:
+        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", describe(opts, splits, model, steps, world))
     if lead:
@@ -453,15 +476,17 @@ def train(opts, world):
         print(f"{count_parameters(model) / 1e6:.2f} M parameters, {steps} steps of {recipe.batch_size} images on {device_name(world)}, seed {opts.seed} -> {folder}" + (f" (from step {step})" if saved else ""))
 
     def save(rng):
-        shares = world.gather({"rng": rng, "count": count, "sums": {k: v.cpu() for k, v in sums.items()}})
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise FloatingPointError(f"the weights are not finite after step {step}; the last checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off")
+        shares = world.gather({"rng": rng, "count": count, "bad_images": bad_images, "sums": {k: v.cpu() for k, v in sums.items()}})
         if lead:
             common.save_checkpoint(folder / "last.pt", {
                 "method": opts.method, "data": opts.data, "classes": splits.classes, "step": step, "model": model.state_dict(), "ema": ema.state_dict() if ema else {},
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": seconds, "best": best, "bad_images": bad_images, "processes": shares})
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": seconds, "best": best, "scores": scores, "processes": shares})
 
     # -- 7 loop
-    stop, batches, saved_step = StopRequest(), None, step if saved else -1
-    line, epoch_started, scores = Line(lead), time.perf_counter() - seconds, {}
+    stop, batches, saved_step = StopRequest(), None, step if saved is not None else -1
+    line, epoch_started = Line(lead), time.perf_counter() - seconds
     try:
         while True:
             if sums and (step % per_epoch == 0 or step == steps):  # the end of an epoch; also right after a resume in the middle of its evaluation
@@ -472,6 +497,8 @@ def train(opts, world):
                 totals = {k: float(world.sum(v.double().cpu().numpy().reshape(1))[0] / images_done) for k, v in sums.items()}
                 entry = {"step": step, "epoch": epoch, "lr": common.lr_at(recipe, step - 1, steps, per_epoch), **{k: round(v, 6) for k, v in totals.items()}}
                 if step == steps or epoch % opts.eval_every == 0:
+                    for buffer in (ema or model).buffers() if world.size > 1 else ():
+                        dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own: score the model that is saved
                     try:
                         scores = evaluate(opts, recipe, ema or model, test_photos, world, stop)
                     except Stopped:
@@ -534,12 +561,13 @@ def train(opts, world):
     if splits.val:  # the validation split was for looking on; the test images are scored once, here
         test_name, scores = "test", evaluate(opts, recipe, ema or model, data.Photos(splits.test, recipe, False), world)
     result = {"split": test_name, **scores, "best_over_epochs": best, "steps": steps, "commit": git_commit(), "seed": opts.seed, "seconds": round(total_seconds(folder / "log.jsonl"), 1) if lead else 0}
+    bad_images = sorted({message for part in world.gather(bad_images) for message in part})
     if lead:
         if bad_images:
             write_json(folder / "run.json", read_run(folder) | {"bad_images": bad_images})
             print(f"{len(bad_images)} unreadable photos were left out; they are listed in {folder}/run.json")
         write_json(folder / "result.json", result)
-        print(f"result: {test_name} " + "  ".join(f"{k} {100 * v:.1f}%" for k, v in scores.items()) + f" after the last epoch, {result['seconds']:.0f} s of training and evaluation -> {folder}/result.json")
+        print(f"result: {test_name} " + "  ".join(f"{k} {100 * v:.1f}%" for k, v in scores.items()) + f" after the last epoch, {result['seconds']:.0f} s of training -> {folder}/result.json")
         print(f"next:   python train.py eval --run {folder}\n        python train.py figures --run {folder}" + ("" if recipe.task == "reid" else f"\n        python train.py predict --run {folder} PHOTO_OR_FOLDER"))
     return result
 
@@ -582,23 +610,19 @@ def stopped(stop, folder, step, lead):
     return 128 + (stop.signal or signal.SIGTERM)
 
 
-def load_last(folder, opts, classes):
-    """The newest sound checkpoint of a run: last.pt, else the one before it, with a warning."""
+def load_last(folder, opts, world, classes):
+    """The newest sound checkpoint of an unfinished run; None for one that was killed before its first."""
     if (folder / "result.json").exists():
         raise ValueError(f"{folder} is finished; look at it with eval, figures or predict, or train anew with --out DIR")
-    problem = None
-    for path in (folder / "last.pt", folder / "last.prev.pt"):
-        try:
-            state = common.load_checkpoint(path)
-        except (ValueError, FileNotFoundError) as error:
-            problem = problem or error
-            continue
-        if problem:
-            print(f"warning: {problem}; going on from {path}", file=sys.stderr)
-        return check_run(state, path, opts, classes)
-    if isinstance(problem, FileNotFoundError):
-        raise ValueError(f"{folder} has no checkpoint yet; start the run anew with --out DIR, or delete the folder")
-    raise problem
+    try:
+        state, path, problem = common.load_newest(folder)
+    except FileNotFoundError:
+        return None
+    world.gather(0)  # every process has read it
+    if problem and world.rank == 0:
+        print(f"warning: {problem}; going on from {path}", file=sys.stderr)
+        os.replace(path, folder / "last.pt")  # else the next save would put the damaged file in its place
+    return check_run(state, path, opts, classes)
 
 
 def check_run(state, path, opts, classes=None):
@@ -618,7 +642,7 @@ def describe(opts, splits, model, steps, world):
         "recipe": dataclasses.asdict(opts.recipe), "seed": opts.seed, "classes": splits.classes, "commit": git_commit(), "device": device_name(world), "processes": world.size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__},
         "counts": {"train": len(splits.train), "test": len(splits.test), "val": len(splits.val) if splits.val else 0}, "parameters": count_parameters(model), "steps": steps,
-        "flags": {"eval_every": opts.eval_every, "save_every": opts.save_every, "skip_bad_images": opts.skip_bad_images, "workers": workers_of(opts)}}
+        "flags": {k: getattr(opts, k) for k in ("eval_every", "save_every", "skip_bad_images", "workers", "matmul_precision", "deterministic", "compile")}}
 
 
 class Line:
@@ -648,20 +672,21 @@ def time_left(started, done, left):
 
 
 def keep_log(path, step):
-    """Drop what the log says of steps after the checkpoint (they will be done again), and a half-written last line."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            if json.loads(text)["step"] <= step:
-                lines.append(text + "\n")
-        except json.JSONDecodeError:
-            break
-    path.write_text("".join(lines))
+    """Drop what the log says of steps after the checkpoint: they will be done again."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step))
+    os.replace(part, path)
 
 
 def read_log(path):
-    """Lines of a log.jsonl as dicts."""
-    return [json.loads(text) for text in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """Lines of a log.jsonl as dicts, up to a half-written one."""
+    entries = []
+    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            entries.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return entries
 
 
 def total_seconds(path):
@@ -709,6 +734,8 @@ def run_over(model, photos, recipe, opts, world, ask, stop=None):
     """
     model.eval()
     n, mine = len(photos), range(world.rank, len(photos), world.size)
+    if n < world.size:
+        raise ValueError(f"{n} test images for {world.size} processes; start fewer")
     results, context = {}, precision(recipe, world.device)[0]
     for batch, bad in make_loader(photos, workers_of(opts), world.device, batch_size=max(1, recipe.batch_size // world.size), sampler=mine):
         if bad:
@@ -719,8 +746,8 @@ def run_over(model, photos, recipe, opts, world, ask, stop=None):
         for name, value in {**answer, "sizes": sizes}.items():
             value = value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
             results.setdefault(name, np.zeros((n, *value.shape[1:]), value.dtype))[indices.numpy()] = value
-        if stop is not None and stop.signal and world.size == 1:
-            raise Stopped
+        if stop is not None and stop.signal:
+            break
     if stop is not None and world.any(stop.signal):
         raise Stopped
     return {name: world.sum(array) for name, array in results.items()}
@@ -765,18 +792,21 @@ def load_run(opts, world, recipe, state):
 def open_run(opts):
     """Folder and checkpoint of the run to look at."""
     folder = Path(opts.run[0])
-    if not (folder / "last.pt").exists():
+    if not list(folder.glob("last*.pt")):
         raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train, or start it anew")
-    return folder, check_run(common.load_checkpoint(folder / "last.pt"), folder / "last.pt", opts)
+    state, path, problem = common.load_newest(folder)
+    if problem:
+        print(f"warning: {problem}; looking at {path}", file=sys.stderr)
+    return folder, check_run(state, path, opts)
 
 
 def evaluate_run(opts, world):
     """The eval action: scores, classes, confusions, where it looked, object scales; one row for each variant -> eval.json."""
     folder, state = open_run(opts)
     splits = load_data(opts)
-    check_run(state, folder / "last.pt", opts, splits.classes)
+    check_run(state, folder, opts, splits.classes)
     split, lead = splits.test, world.rank == 0
-    photos, rows = data.Photos(split, opts.recipe, False), []
+    rows = []
     for label, recipe in opts.variants:
         model = load_run(opts, world, recipe, state)
         photos = data.Photos(split, recipe, False)
@@ -940,7 +970,7 @@ def predict(opts, world):
     model = load_run(opts, world, recipe, state)
     out.mkdir(parents=True, exist_ok=True)
     context = precision(recipe, world.device)[0]
-    for path, photo in zip(paths, photos):
+    for i, (path, photo) in enumerate(zip(paths, photos)):
         image = common.normalize(photo[None].to(world.device), recipe.normalize)
         with context():
             p, top = model(image).float().softmax(1)[0].sort(descending=True, stable=True)
@@ -951,7 +981,7 @@ def predict(opts, world):
         zoom = max(1, round(320 / plain.height))
         big = plain.resize((plain.width * zoom, plain.height * zoom), data.Image.Resampling.BICUBIC)
         marked = common.draw_boxes(big, boxes[0].float().cpu() * zoom, [str(i + 1) for i in range(boxes.shape[1])])
-        common.panels([big, marked], [path.name, names[0]], height=320).save(out / f"{path.stem}.png")
+        common.panels([big, marked], [path.name, names[0]], height=320).save(out / (f"{path.stem}.png" if [p.stem for p in paths].count(path.stem) == 1 else f"{i:04d}-{path.stem}.png"))
     print(f"pictures: {out}/")
 
 
@@ -967,7 +997,8 @@ def figures(opts, world):
     splits = load_data(opts)
     photos = data.Photos(splits.test, recipe, False)
     model = load_run(opts, world, recipe, state)
-    chosen = [(i * len(photos)) // opts.images + i % max(1, len(photos) // opts.images) for i in range(min(opts.images, len(photos)))]
+    k = min(opts.images, len(photos))
+    chosen = [i * len(photos) // k + i % (len(photos) // k) for i in range(k)]  # spread over the split, and over its classes where these alternate
     batch = torch.stack([photos[i][0] for i in chosen]).to(world.device)
     with precision(recipe, world.device)[0]():
         pictures = model.figure(common.normalize(batch, recipe.normalize))
@@ -1099,12 +1130,14 @@ def profile(opts, world):
     if opts.threads:
         torch.set_num_threads(opts.threads)
     B, rows = opts.profile_batch, []
-    classes = opts.classes or (data.PRESETS[opts.recipe.toy_preset].classes if opts.data == "toy" else data.PUBLISHED.get(opts.data, (100,))[0])
+    classes = opts.classes or (len(opts.run_info["classes"]) if opts.run_info else 0) or (data.PRESETS[opts.recipe.toy_preset].classes if opts.data == "toy" else data.PUBLISHED.get(opts.data, (100,))[0])
     for label, recipe in opts.variants:
         if recipe.task == "reid" and B % max(1, recipe.instances):
             raise ValueError(f"--profile-batch {B} holds no whole groups of {recipe.instances} images an identity; choose a multiple")
         model = build(opts, dataclasses.replace(recipe, weights="none"), classes, world.device)
         optimizer = make_optimizer(recipe, METHODS[opts.method].param_groups(model, recipe))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-12  # real steps, but the weights stay (0 would freeze them)
         context, scaler = precision(recipe, world.device)
         images = torch.randn(B, 3, *recipe.image_size, device=world.device).contiguous(memory_format=torch.channels_last)
         pixels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
@@ -1129,8 +1162,7 @@ def profile(opts, world):
     for _ in range(opts.rounds):
         for row in order.sample(rows, len(rows)):
             for kind in kinds:
-                with torch.enable_grad():
-                    row["times"][kind].append(seconds_of(row[kind], world.device))
+                row["times"][kind].append(seconds_of(row[kind], world.device))
     print(f"{opts.method} on {device_name(world)}, batch {B}, {opts.rounds} rounds, input {opts.recipe.image_size}, torch {torch.__version__}")
     table_rows = [["variant", "parameters M", "GMACs"] + [f"{k}" for kind in kinds for k in (f"{kind} ms/image", f"{kind} images/s", "ratio", f"{kind} peak MB", "ratio")]]
     for row in rows:
@@ -1189,7 +1221,10 @@ def table(opts, world):
 
 def compare(opts, world):
     """The compare action: every method's `baseline` table on the same data, with pointing, parameters, MACs and ms/image."""
-    rows = [(method, *row) for method, module in METHODS.items() if "baseline" in module.TABLES for row in module.TABLES["baseline"].rows]
+    able = {method: module for method, module in METHODS.items() if opts.data in module.RECIPES}
+    if not able or opts.data in ("market1501", "dukemtmc", "msmt17", "veri776"):
+        raise ValueError(f"--data {opts.data}: no two methods have recipes for it to compare; try toy, folder or cub")
+    rows = [(method, *row) for method, module in able.items() for row in module.TABLES["baseline"].rows]
     return run_rows(opts, world, Path(opts.out or f"runs/compare-{opts.data}"), f"methods and their plain baselines on {opts.data}", "top1", rows)
 
 
@@ -1254,14 +1289,14 @@ def run_rows(opts, world, folder, title, metric, rows):
 
 
 def check_row(opts):
-    """Refuse a finished row of another commit or of other settings."""
+    """Refuse a row that was begun with other settings, or finished by another commit."""
     folder = Path(opts.out)
+    if (folder / "run.json").exists() and recipe_from(METHODS[opts.method], read_run(folder)["recipe"]) != opts.recipe:
+        raise ValueError(f"{folder} was trained with other settings; delete it, or choose another --out")
     if (folder / "result.json").exists():
         commit = json.loads((folder / "result.json").read_text())["commit"]
         if commit != git_commit() and not opts.any_commit:
             raise ValueError(f"{folder} was made by commit {commit}, this is {git_commit()}; delete it to run it again, or use it as it is with --any-commit")
-        if recipe_from(METHODS[opts.method], read_run(folder)["recipe"]) != opts.recipe:
-            raise ValueError(f"{folder} was trained with other settings; delete it, or choose another --out")
 
 
 def finish_row(opts, world):
@@ -1270,7 +1305,7 @@ def finish_row(opts, world):
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
     else:
-        if (folder / "last.pt").exists():
+        if (folder / "run.json").exists():
             opts.resume = str(folder)
         result = train(opts, world)
         if not isinstance(result, dict):
@@ -1311,6 +1346,8 @@ def main(argv=None):
     try:
         opts = parse(sys.argv[1:] if argv is None else argv)
         world = start(opts)
+        if world.rank and opts.action in ("predict", "figures", "profile"):
+            return 0  # one process does these
         status = {"train": train, "eval": evaluate_run, "predict": predict, "figures": figures, "profile": profile, "table": table, "compare": compare}[opts.action](opts, world)
         return status if isinstance(status, int) else 0
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -1318,10 +1355,13 @@ def main(argv=None):
     except (FloatingPointError, OSError) as error:
         return fail(1, error)
     except KeyboardInterrupt:
-        return fail(130, "stopped at once; go on with --resume from the last checkpoint")
+        return fail(130, "stopped at once")
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            return fail(1, f"out of memory at batch {opts.recipe.batch_size}; compute it in parts with --accumulate {2 * opts.recipe.accumulate}, use --amp bf16, or a smaller --batch-size")
+            r = opts.recipe or common.Recipe()
+            return fail(1, f"out of memory at batch {r.batch_size}; compute it in parts with --accumulate {2 * r.accumulate}, use --amp bf16, or a smaller --batch-size")
+        if dist.is_initialized():
+            return fail(1, f"this process lost the others: {str(error).splitlines()[0]}")
         raise
     finally:
         if dist.is_initialized():

@@ -107,6 +107,8 @@ NOTEBOOK = (
 )
 VIT, OURS = ("ViT-B/16", {"stages": "a"}), ("multi-stage", {"stages": "abc"})
 TABLES = {
+    "baseline": Table("the full photo alone, and all stages", "cub", "top1", (("full photo (plain ViT)", {"stages": "a"}, 89.4), ("object and parts too", {}, 91.0))),
+    "toy": Table("Stages on the toy birds, drawn small", "toy", "top1", (("a", {"stages": "a"}, None), ("a, b", {"stages": "ab"}, None), ("a, b, c", {"stages": "abc"}, None))),
     "2": Table("Table 2: Stanford Dogs (its photos are part of ImageNet: pretrained weights have seen them)", "dogs", "top1", ((*VIT, 91.7), (*OURS, 93.2))),
     "3": Table("Table 3: CUB-200-2011", "cub", "top1", ((*VIT, 89.4), (*OURS, 91.0))),
     "3-cars": Table("Table 3: Stanford Cars", "cars", "top1", ((*VIT, 92.8), (*OURS, 94.3))),

@@ -74,6 +74,16 @@ def photo_folder(root, per_class=4, splits=("train", "test")):
 SMALL = ["--method", "tdsa", "--data", "folder", "--backbone", "toy", "--image-size", "64", "--resize", "64", "--epochs", "1", "--batch-size", "4"]
 
 
+@pytest.fixture
+def two_rows(monkeypatch):
+    """TDSA with a table of two rows."""
+    tables = {"t": common.Table("two losses", "cub", "top1", (("CE", {"loss": "ce"}, 28.5), ("TDSA", {}, None)))}
+    monkeypatch.setattr(train.METHODS["tdsa"], "TABLES", tables)
+
+
+TABLE = ["table", "--method", "tdsa", "--table", "t", "--toy-train", "1", "--toy-test", "1", "--epochs", "1", "--batch-size", "8"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_action_runs_for_each_method_and_writes_its_files(method, room, capsys):
     assert run("--method", method, *TINY) == 0
@@ -325,7 +335,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(room, capsys):
     (room / "r" / "last.pt").write_bytes(raw[: len(raw) // 2])
     assert run("--resume", "r") == 0
     assert "going on from r/last.prev.pt" in capsys.readouterr().err
-    assert last("r")["step"] == 8
+    assert last("r")["step"] == 8 and common.load_checkpoint(room / "r" / "last.prev.pt")["step"] < 8, "the damaged file is gone"
 
 
 def test_foreign_newer_and_pickled_checkpoints_are_refused_without_running_code(tmp_path):
@@ -374,6 +384,51 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_rate_and_photos(room, m
     said = capsys.readouterr().err
     assert "the loss is nan at step 0, lr" in said and "birds/train/" in said and "terms {" in said and len(said.splitlines()) == 1
     assert not (room / "runs" / "tdsa-toy" / "last.pt").exists()
+
+
+def test_resume_takes_seed_and_flags_from_the_run_and_refuses_another_recipe(room, capsys):
+    assert run("--method", "tdsa", *TINY, "--seed", "3", "--eval-every", "2", "--out", "r") == 0
+    opts = train.parse(["--resume", "r"])
+    assert (opts.seed, opts.eval_every, opts.matmul_precision) == (3, 2, "highest")
+    assert train.parse(["--resume", "r", "--workers", "1"]).workers == 1
+    assert run("--resume", "r", "--recipe", "cub") == 2 and "--resume goes on with the run's own recipe" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_on_resume(room):
+    assert run("--method", "tdsa", *TINY, "--out", "whole") == 0
+    assert run("--method", "tdsa", *TINY, "--out", "r") == 0
+    for path in Path("r").glob("*.pt"):
+        path.unlink()
+    Path("r/result.json").unlink()
+    assert run("--resume", "r") == 0
+    same(last("whole")["model"], last("r")["model"])
+    assert log_without_clock("whole") == log_without_clock("r")
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_still_has_its_scores(room):
+    assert run("--method", "tdsa", *TINY, "--out", "r") == 0
+    whole = json.loads(Path("r/result.json").read_text())
+    Path("r/result.json").unlink()
+    assert run("--resume", "r") == 0
+    assert json.loads(Path("r/result.json").read_text())["top1"] == whole["top1"]
+
+
+def test_a_row_of_a_table_equals_the_single_run_of_its_seed(two_rows, room):
+    assert run(*TABLE, "--seeds", "0,1") == 0
+    assert run("--method", "tdsa", "--toy-train", "1", "--toy-test", "1", "--epochs", "1", "--batch-size", "8", "--seed", "1", "--out", "single") == 0
+    same(last("runs/table-tdsa-t-toy/tdsa-tdsa-seed1")["model"], last("single")["model"])
+
+
+def test_sigterm_to_the_workers_too_stops_with_a_checkpoint(room):
+    """Schedulers and torchrun signal the whole process group."""
+    command = [sys.executable, str(HERE / "train.py"), "--method", "tdsa", "--toy-train", "2", "--toy-test", "1", "--iterations", "1000000", "--batch-size", "8", "--save-every", "1", "--workers", "1", "--out", "killed"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.time() + 100
+    while not (room / "killed" / "last.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "Traceback" not in said and "--resume killed" in said, said
 
 
 def test_unreadable_photos_stop_the_run_or_are_left_out_and_listed(room, capsys):
@@ -496,13 +551,18 @@ BAD = [  # command line, what the one line on stderr must say
     ("figures --method tdsa", "no run folder"),
     ("profile", "name a method"),
     ("profile --method tnet --data mars", "unknown data"),
-    ("profile --method tnet --against --nonsense", "expected one argument"),
+    ("profile --method tnet --against --nonsense", "unknown argument --nonsense"),
     ("profile --method tnet --against=--nonsense", "unknown argument --nonsense"),
     ("profile --method tnet --rounds few", "invalid int value"),
     ("table --method tnet --table 99", "no table '99'"),
     ("table --table 1", "name a method"),
     ("table --method tnet --table 1 --seeds a", "--seeds a: give whole numbers"),
     ("compare --seeds ,", "seeds"),
+    ("compare --data cub", "--root"),
+    ("compare --data market1501", "no two methods"),
+    ("compare --method tnet", "leave --method"),
+    ("--method tnet --seed -1", "--seed -1 is out of range"),
+    ("--method tnet --locations 0,1", "for eval and profile"),
     ("--method dcal --local-ratio 0", "local_ratio"),
     ("--method dcal --local-ratio 1.5", "local_ratio"),
     ("--method dcal --backbone resnet", "is not one of"),
@@ -618,16 +678,6 @@ def test_a_group_with_rate_zero_is_frozen_without_moments():
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
-
-
-@pytest.fixture
-def two_rows(monkeypatch):
-    """TDSA with a table of two rows."""
-    tables = {"t": common.Table("two losses", "cub", "top1", (("CE", {"loss": "ce"}, 28.5), ("TDSA", {}, None)))}
-    monkeypatch.setattr(train.METHODS["tdsa"], "TABLES", tables)
-
-
-TABLE = ["table", "--method", "tdsa", "--table", "t", "--toy-train", "1", "--toy-test", "1", "--epochs", "1", "--batch-size", "8"]
 
 
 def test_a_table_resumes_aggregates_over_seeds_and_prints_the_papers_number(two_rows, room, capsys, monkeypatch):
