@@ -748,7 +748,8 @@ def test_locations_and_use_context_leave_the_weights_alone():
 def test_sec52_stage_2_starts_from_the_run_of_stage_1(tmp_path):
     first = tiny(grid=3, cell=0.5, locations="2")
     first.baseline.fill_(0.8)
-    common.save_checkpoint(tmp_path / "last.pt", {"model": first.state_dict()})
+    common.save_checkpoint(tmp_path / "last.pt", {"model": first.state_dict(), "ema": None})
+    (tmp_path / "run.json").write_text("{}")  # a run folder
     second = tiny(seed=1, grid=3, cell=0.5, locations="2x1", image_size=(256, 256), weights=str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values())) and second.baseline[0] == 0.8
     other = tiny(classes=7, seed=1, grid=3, cell=0.5, weights=str(tmp_path))  # another data set: all but the classifier
