@@ -1,6 +1,8 @@
 """train.py: every action for every method on a tiny toy, exact resume, faults, several processes, bad command lines."""
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -751,3 +753,43 @@ def test_ticks_are_round_and_cover_the_range():
     for low, high in ((0, 1), (0, 40), (12.3, 97.2), (0.001, 0.002), (5, 5), (-3, 8), (0, 1e-5)):
         got = train.ticks(low, high)
         assert got[0] <= low + 1e-12 and got[-1] >= high - 1e-12 and 2 <= len(got) <= 8, (low, high, got)
+
+
+# ------------------------------------------------------------------------------------------------ the README
+
+
+def readme_commands():
+    """Lines `python train.py ...` of the README's code blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    return [shlex.split(line, comments=True)[2:] for block in blocks for line in block.splitlines() if line.startswith("python train.py")]
+
+
+def test_the_readmes_commands_that_need_no_dataset_run_and_the_others_parse(room):
+    assert run("--method", "tnet", *TINY) == 0
+    Image.fromarray(data.draw_bird("birds", "test", 1, 64).image).save("my_photo.jpg")
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        if "--help" in command:
+            with pytest.raises(SystemExit, match="0"):
+                train.parse(command)
+        elif "--root" in command:
+            assert train.parse(command).recipe.batch_size > 1
+        elif not command[0].startswith("--") and command[0] != "table":
+            assert run(*command, *(["--rounds", "1"] if command[0] == "profile" else [])) == 0, command
+        else:
+            assert train.parse(command).method in METHODS
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    written = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (HERE / "tests").glob("test_*.py")), re.M))
+    assert len(named) >= 10 and named <= written, named - written
+
+
+def test_the_readmes_numbers_come_from_result_files_that_say_how_they_were_made():
+    files = sorted((HERE / "results").glob("*.json"))
+    assert files
+    for path in files:
+        kept = json.loads(path.read_text())
+        assert {"command", "commit", "device", "date"} <= set(kept), path.name
