@@ -11,19 +11,19 @@ No part annotation, no extra parameters; boxes carry no gradient. Attention can 
     Sec. 2.3   erasing what the attention map marks               erase
     Fig. 2     stages a, b, c                                     MultiStageViT.stages
 
-Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks) differ; ours is the first named:
-    L_c         code: mean over the parts (part_reduction mean); paper: their sum, without label smoothing (code: 0.1)
-    part crop   code: a third of the object image's side (128 of 384 pixels); paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side
-    parts from  code: the object image (part_source object); paper: "from a higher resolution" (highres)
-    box choice  code: the largest value inside a component's box (score bbox), be it of another component; paper: of the component (region)
-    closing     code: a binary closing with a 3 x 3 cross; paper: a grayscale closing of the binary map, which is the same
-    passes      paper: attention and features in one pass; code: the full photo always twice. Ours: twice only for photos that were erased
-    erasing     paper: used; code: off in the final CUB and Cars runs, and no better where compared (recipes: off; --erase)
-    prediction  neither says how the stages' outputs are fused, nor which of them the tables hold. Ours: mean of all; --fusion full|object|parts
-    training    paper: "sequential (multi-stage)"; code: all stages at once, the encoder frozen in the first phase. As the code
-Where this differs from both: RAdam without Lookahead (the code's "ranger"), beta 2 and momentum constant; no random warp among the
-augmentations; the photo is reduced to the encoder's size with an antialiased filter (full_resize nearest is the code's); the fallback box is
-central in evaluation; an attention map that is constant up to rounding falls back instead of cropping speckle; too few parts repeat the last.
+Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our recipes do:
+    L_c         paper: sum over the parts. Code, ours: their mean, all with label smoothing 0.1. --part-reduction sum
+    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third, 128 of 384 pixels. --part-crop 0.2917
+    parts from  paper: "a higher resolution". Code, ours: the object image. --part-source highres
+    box choice  paper: the component with the largest attention. Code, ours: inside its box, even another component's. --score region
+    closing     paper: a grayscale closing of the binary map. Code, ours: a binary closing with a 3 x 3 cross, which is the same
+    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only for photos that get erased
+    erasing     paper: used. Code, ours: off in the final runs; no better where the notebooks compare. --erase
+    prediction  neither says how stages are fused, nor which of them the tables hold. Ours: mean of all. --fusion full|object|parts
+    training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the encoder frozen
+Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random warp among the augmentations; the
+photo is reduced to the encoder's size by an antialiased filter (--full-resize nearest is the code's); the fallback box is central in
+evaluation; a map that is constant up to rounding falls back instead of cropping speckle; where windows run out, the last part is repeated.
 Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says, and 12,595 are its unlabelled photos;
 the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled photos, and the authors' plant code is for yet another set. So Table 4
 cannot be reproduced as printed. `--data plant` is the 2020 set with a hold-out of our own; iCassava goes through `--data folder`.
@@ -212,7 +212,7 @@ def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=Fal
 
 def fallback_boxes(n, H, W, share, random):
     """Boxes for n images without an object, of a share of each side, in the centre or each at a random place -> (n, 4)."""
-    h, w = round(share * H), round(share * W)
+    h, w = max(1, round(share * H)), max(1, round(share * W))
     room = torch.tensor([H - h, W - w])
     corner = (torch.rand(n, 2) * room).long() if random else (room // 2).expand(n, 2)
     return torch.cat([corner, corner + torch.tensor([h, w])], 1)
@@ -445,16 +445,18 @@ def build(recipe, num_classes):
     Raises ValueError for settings that contradict each other.
     """
     uses = {"a": ["full"], "b": ["object"], "ab": ["full", "object"], "abc": ["full", "object", "parts"]}[recipe.stages]
+    if num_classes < 2:
+        raise ValueError(f"{num_classes} classes: a classifier needs 2 at least; check the dataset's folders")
     if recipe.task != "classify":
-        raise ValueError(f"--task {recipe.task} is not for vit_fgvc, which classifies; use dcal for re-identification")
+        raise ValueError(f"--task {recipe.task}: the multi-stage ViT is for classification; use --method dcal for re-identification")
     if recipe.fusion not in (*uses, "mean"):
         raise ValueError(f"--fusion {recipe.fusion} needs a stage that --stages {recipe.stages} leaves out; use {', '.join(uses)} or mean, or other stages")
-    if not len(recipe.phases) == len(recipe.head_lr) == len(recipe.encoder_lr) > 0:
-        raise ValueError(f"--phases {recipe.phases}, --head-lr {recipe.head_lr} and --encoder-lr {recipe.encoder_lr} must have one value for each phase")
-    if not 1 <= round(recipe.part_crop * recipe.encoder_size) <= recipe.encoder_size:
-        raise ValueError(f"--part-crop {recipe.part_crop} is no share of the object image's side; use more than 0 and at most 1")
-    if recipe.parts < 1 or recipe.stride < 1 or not 0 < recipe.fallback <= 1:
-        raise ValueError(f"--parts {recipe.parts} and --stride {recipe.stride} must be at least 1, --fallback {recipe.fallback} in (0, 1]")
+    if not len(recipe.phases) == len(recipe.head_lr) == len(recipe.encoder_lr) > 0 or min(recipe.phases) <= 0:
+        raise ValueError(f"--phases {recipe.phases} --head-lr {recipe.head_lr} --encoder-lr {recipe.encoder_lr}: give one value for each phase, lengths above 0")
+    for name, least, most in (("parts", 1, 99), ("stride", 1, recipe.encoder_size), ("fallback", 0.01, 1), ("part_iou", 0, 1), ("min_object_area", 0, 1), ("erase_prob", 0, 1),
+                              ("part_crop", 1 / recipe.encoder_size, 1)):
+        if not least <= getattr(recipe, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)} is out of range; use {least:g} to {most:g}")
     model = MultiStageViT(recipe, num_classes)
     if recipe.weights == "none":
         for layer in model.encoder.modules():

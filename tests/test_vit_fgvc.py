@@ -653,8 +653,8 @@ def test_default_weights_are_the_authors_at_384_pixels(monkeypatch):
     assert asked[0] == "default" and asked[1].endswith("jx_vit_base_p16_384-83fb41ba.pth")
 
 
-@pytest.mark.parametrize("changes, message", [({"stages": "ab", "fusion": "parts"}, "--fusion parts needs a stage that --stages ab leaves out; use full, object or mean"), ({"task": "reid"}, "use dcal"),
-                                              ({"phases": (1, 2)}, "one value for each phase"), ({"parts": 0}, "at least 1"), ({"fallback": 0.0}, r"\(0, 1\]"), ({"encoder_size": 50}, "not divisible")])
+@pytest.mark.parametrize("changes, message", [({"stages": "ab", "fusion": "parts"}, "--fusion parts needs a stage that --stages ab leaves out; use full, object or mean"), ({"task": "reid"}, "use --method dcal"),
+                                              ({"phases": (1, 2)}, "one value for each phase"), ({"parts": 0}, "--parts 0 is out of range; use 1 to 99"), ({"fallback": 0.0}, "0.01 to 1"), ({"encoder_size": 50}, "not divisible")])
 def test_settings_that_cannot_work_are_errors_that_say_what_to_do(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
