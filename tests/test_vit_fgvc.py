@@ -12,7 +12,7 @@ import common
 import vit_fgvc
 from vit_fgvc import RECIPES, TABLES, attention_map, closing, connected_components, crop, erase, fuse, joint_loss, object_box, part_boxes, suppress
 
-TINY = replace(RECIPES["toy"], image_size=(96, 96), encoder_size=48, stages="abc")
+TINY = replace(RECIPES["toy"], image_size=(96, 96), encoder_size=48, backbone="toy_vit", label_smoothing=0.1, stages="abc")
 
 
 def tiny(**changes):
