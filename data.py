@@ -1143,6 +1143,7 @@ def class_codes(preset):
     for _ in range(preset.classes):
         apart = (order[:, None] != codes[None]).sum(2)  # (candidates, classes so far)
         fits = (apart >= preset.distance).all(1)
+        assert fits.any(), f"there are no {preset.classes} codes that differ in {preset.distance} parts"
         score = np.minimum((apart == preset.distance).sum(1), 3) - 10 * used[range(len(SIGNATURE)), order].sum(1)  # relatives break the ties of balance
         best = order[np.where(fits, score, -np.inf).argmax()]
         codes, used[range(len(SIGNATURE)), best] = np.vstack([codes, best]), used[range(len(SIGNATURE)), best] + 1

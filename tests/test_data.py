@@ -597,11 +597,13 @@ def test_class_codes_are_at_least_distance_apart_with_relatives_at_exactly_that_
     assert all((np.bincount(codes[:, k], minlength=4) == preset.classes // 4).all() for k in range(4))
 
 
-@pytest.mark.parametrize("classes, distance", [(40, 1), (40, 2), (10, 3)])
+@pytest.mark.parametrize("classes, distance", [(40, 1), (40, 2), (8, 3)])
 def test_class_codes_keep_their_distance_when_many_classes_crowd(classes, distance):
     codes = data.class_codes(data.Preset(classes=classes, distance=distance))
     apart = (codes[:, None] != codes[None]).sum(2)
     assert (apart[~np.eye(classes, dtype=bool)] >= distance).all()
+    with pytest.raises(AssertionError, match="no 17 codes that differ in 3 parts"):
+        data.class_codes(data.Preset(classes=17, distance=3))
 
 
 def test_signature_parts_carry_the_class_and_decoys_do_not():
