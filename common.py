@@ -344,7 +344,7 @@ COLOURS = ("#ffd400", "#00c2ff", "#ff4fa3", "#7cff4f", "#ff8a1f", "#b48cff")  # 
 def normalize(images, how):
     """uint8 (B, 3, H, W) -> float, standardised as the recipe's `normalize` says."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in MEAN_STD[how])
-    return (images.float() - mean) / std
+    return images.float().sub_(mean).div_(std)  # in place: a fresh 100 MB costs more than the arithmetic
 
 
 def to_pil(image, how):

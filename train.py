@@ -1177,7 +1177,7 @@ def profile(opts, world):
     if opts.out:
         Path(opts.out).mkdir(parents=True, exist_ok=True)
         keep = [{k: v for k, v in row.items() if k not in ("infer", "step", "times")} for row in rows]
-        write_json(Path(opts.out) / "profile.json", {"command": opts.command, "commit": git_commit(), "device": device_name(world), "batch": B, "rows": keep})
+        write_json(Path(opts.out) / "profile.json", {"command": opts.command, "commit": git_commit(), "device": device_name(world), "date": time.strftime("%Y-%m-%d"), "batch": B, "rows": keep})
 
 
 def seconds_of(work, device):
