@@ -85,9 +85,9 @@ RECIPES = {
     "cub": CUB,
     "nabirds": CUB,
     "folder": replace(CUB, iterations=0, epochs=27, warmup=1.35),  # what 10,000 steps are on CUB
-    "toy": replace(
-        CUB, backbone="mvitv2_toy", image_size=(64, 64), resize=(0, 0), k=(12, 4, 2, 1), toy_preset="birds-easy", iterations=0, epochs=40, warmup=0,
-        batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, schedule="onecycle", drop_path=0.0, weights="none",
+    "toy": replace(  # the setting that was seen to learn; lr 2e-3 with shifts of 4 px was still at chance after half of 40 epochs
+        CUB, backbone="mvitv2_toy", image_size=(64, 64), resize=(0, 0), k=(12, 4, 2, 1), toy_preset="birds-easy", iterations=0, epochs=25, warmup=0,
+        batch_size=32, optimizer="adamw", lr=1.5e-3, weight_decay=0.05, schedule="onecycle", drop_path=0.0, weights="none",
     ),
 }
 
@@ -311,7 +311,7 @@ def trunc_normal(module):
 
 VARIANTS = {  # depths, dim, heads, drop_path
     "tiny": ((1, 2, 5, 2), 96, 1, 0.1), "small": ((1, 2, 11, 2), 96, 1, 0.1), "base": ((2, 3, 16, 3), 96, 1, 0.3),
-    "large": ((2, 6, 36, 4), 144, 2, 0.5), "large_in1k": ((2, 6, 36, 4), 144, 2, 0.5), "toy": ((1, 1, 2, 1), 32, 1, 0.0),
+    "large": ((2, 6, 36, 4), 144, 2, 0.5), "large_in1k": ((2, 6, 36, 4), 144, 2, 0.5), "toy": ((1, 1, 2, 1), 16, 1, 0.0),
 }
 
 
