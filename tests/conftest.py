@@ -1,6 +1,11 @@
-"""What several test files use."""
+"""What all test files share."""
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)  # tiny tensors: two threads would wait for each other
 
 
 @pytest.fixture(autouse=True)
