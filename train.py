@@ -1233,6 +1233,8 @@ def run_rows(opts, world, folder, title, metric, rows):
     if not opts.seeds.replace(",", "").isdigit():
         raise ValueError(f"--seeds {opts.seeds}: give whole numbers with commas, like 0,1,2")
     seeds = [int(s) for s in opts.seeds.split(",") if s]
+    if opts.data != "toy" and not Path(opts.root or "nowhere").is_dir():
+        data.load(opts.data, opts.root, common.Recipe())  # says what is wrong with --root, once for all rows
     lines, done, lead = [], {}, world.rank == 0
     for method, name, overrides, paper in rows:
         one = copy.copy(opts)
