@@ -299,7 +299,7 @@ def fetch(url, sha256=""):
 def read_state(source):
     """Weights of a file as a dict name -> tensor: a run folder, one of our checkpoints, a .pth/.pyth/.pt/.bin of others, or an .npz."""
     path = Path(source)
-    if path.is_dir() and (path / "run.json").exists():
+    if list(path.glob("last*.pt")):
         state = load_newest(path)[0]
         return state["ema"] or state["model"]
     if not path.is_file():
