@@ -382,7 +382,8 @@ def make_optimizer(recipe, groups):
     """The recipe's optimizer over a method's parameter groups; fused where torch has it."""
     common_args = {"params": groups, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(**common_args, momentum=recipe.momentum, fused=True)
+        # under fp16 not fused: when the first step is skipped, as the loss scaler often does, the fused kernel starts from uninitialised momentum
+        return torch.optim.SGD(**common_args, momentum=recipe.momentum, fused=recipe.amp != "fp16")
     adam_args = common_args | {"betas": (recipe.momentum, 0.999), "eps": recipe.eps}
     if recipe.optimizer == "radam":
         return torch.optim.RAdam(**adam_args, decoupled_weight_decay=True)

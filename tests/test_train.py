@@ -471,6 +471,13 @@ def test_every_method_trains_in_bf16_and_in_two_parts(method, room):
     assert np.isfinite(train.read_log(f"runs/{method}-toy/log.jsonl")[-1]["loss"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_in_fp16_where_the_loss_scaler_skips_the_first_steps(method, room):
+    assert run("--method", method, "--toy-train", 2, "--toy-test", 1, "--iterations", 3, "--batch-size", 8, "--amp", "fp16") == 0
+    state = last(f"runs/{method}-toy")
+    assert state["scaler"]["scale"] > 0 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
 def test_an_accumulated_batch_gives_the_gradient_of_the_whole_batch(room):
     """Frozen statistics do not exist in this ViT, so halves and the whole agree to rounding."""
     flags = ["--method", "dcal", "--toy-train", 2, "--toy-test", 1, "--iterations", 2, "--batch-size", 8, "--no-pwca", "--drop-path", 0, "--hflip", 0]
