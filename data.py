@@ -404,6 +404,7 @@ def photos_in(folder):
 
 
 def folders_in(folder):
+    """Folders inside a folder, by name, without hidden ones."""
     return sorted((d for d in Path(folder).iterdir() if d.is_dir() and not d.name.startswith(".")), key=lambda d: d.name)
 
 
@@ -702,6 +703,7 @@ def column(path, keys, kind=str):
 
 
 def four(text):
+    """Text of four numbers -> four floats."""
     x, y, z, w = (float(v) for v in text.split())
     return x, y, z, w
 
@@ -902,6 +904,7 @@ def load_fmow(root, recipe):
 
 
 def fmow_box(path, category):
+    """Box of a category in a photo's JSON, or None where there is no usable one."""
     try:
         held = json.loads(path.read_text())["bounding_boxes"]
         for entry in [held] if isinstance(held, dict) else held:
@@ -939,10 +942,12 @@ def download(name, root):
 
 
 def hash_kind(digest):
+    """md5 or sha256, by the digest's length."""
     return "md5" if len(digest) == 32 else "sha256"
 
 
 def hash_of(path, kind):
+    """Hex digest of a file."""
     digest = hashlib.new(kind)
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -1107,6 +1112,8 @@ FLOOR = 45  # least difference in luma (0 .. 255) of a mark and the plumage unde
 
 @dataclass(frozen=True)
 class Preset:
+    """Settings of a set of toy birds."""
+
     classes: int = 16
     distance: int = 1  # least number of signature parts in which two classes differ
     part_scale: float = 1.0  # size of the marks, beak and crest
@@ -1151,11 +1158,13 @@ def class_codes(preset):
 
 
 def ellipse(x, y, rx, ry, angle=0.0, points=24):
+    """Polygon of an ellipse, turned by `angle` radians -> (points, 2)."""
     t = np.arange(points) * (2 * np.pi / points)
     return turn(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
 
 
 def turn(points, angle):
+    """Rotate points (n, 2) by `angle` radians."""
     c, s = math.cos(angle), math.sin(angle)
     return points @ np.array([[c, s], [-s, c]])
 
@@ -1218,10 +1227,12 @@ def part_shapes(g):
 
 
 def hsv(h, s, v):
+    """Hue in turns, saturation and value in [0, 1] -> RGB array in 0..255."""
     return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1))) * 255
 
 
 def mix(a, b, share):
+    """Blend colour a with `share` of colour b."""
     return a * (1 - share) + b * share
 
 
@@ -1275,10 +1286,12 @@ def background(rng, preset, colours, length, side):
 
 
 def ints(colour):
+    """Colour as Pillow wants it."""
     return tuple(int(v) for v in colour)
 
 
 def paint(draw, points, colour):
+    """Fill a polygon (n, 2) with a colour."""
     draw.polygon(points.ravel().tolist(), ints(colour))
 
 
@@ -1295,6 +1308,7 @@ def draw_bird(preset, split, index, size, values=None):
 
 
 def render(preset, split, index, size, swapped):
+    """Draw one bird of a preset -> Bird; `swapped` sets values of parts."""
     drawn, feathers, scene, light = (np.random.default_rng([preset.seed, ("train", "test").index(split), index, k]) for k in range(4))
     label, shapes, c = index % preset.classes, part_shapes(preset.part_scale), plumage(feathers)
     values = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist())) | dict(zip(SIGNATURE, class_codes(preset)[label].tolist())) | swapped

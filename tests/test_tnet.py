@@ -742,7 +742,7 @@ def test_figures_show_every_attended_crop():
 def test_locations_and_use_context_leave_the_weights_alone():
     state = tiny(locations="3").state_dict()
     for changes in ({"locations": "0"}, {"locations": "5"}, {"locations": "2x1"}, {"use_context": False}, {"policy": "random"}, {"select": "topk", "logit_scale": 1.0}, {"baseline": "shared"}):
-        tiny(seed=1, **changes).load_state_dict(state, strict=True)
+        assert {k: v.shape for k, v in tiny(seed=1, **changes).state_dict().items()} == {k: v.shape for k, v in state.items()}, changes
 
 
 def test_sec52_stage_2_starts_from_the_run_of_stage_1(tmp_path):
