@@ -135,6 +135,7 @@ def baselines(rows):
 
 TABLES = {
     "baseline": Table("DCAL and the plain ViT", "cub", "top1", (("plain ViT", PLAIN, 82.1), ("DCAL", {}, 84.6))),
+    "toy": Table("The two modules on toy birds", "toy", "top1", (("plain ViT", PLAIN, None), ("+ GLCA", GLCA_ONLY, None), ("+ PWCA", PWCA_ONLY, None), ("DCAL", {}, None))),
     **by_dataset("1", "Table 1: FGVC", {"cub": "top1", "cars": "top1", "aircraft": "top1"}, tuple(baselines((
         ("deit_tiny", ((82.1, 84.6), (87.2, 89.4), (84.7, 87.4))),
         ("deit_small", ((85.8, 87.6), (90.7, 92.3), (88.1, 90.0))),

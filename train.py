@@ -840,9 +840,11 @@ def evaluate_run(opts, world):
 def looked(opts, recipe, model, photos, world):
     """Accuracy of a classifier, of its heads, by class and object scale, and where it looked -> dict for eval.json."""
 
+    fresh = untrained(opts, recipe, world) if opts.data == "toy" else None
+
     def ask(images, _):
-        boxes, scores = model.where(images)
-        return {"top": ranked(model(images)), "boxes": boxes, **{f"head {k}": v.float().argmax(1) for k, v in model.heads(images).items()}}
+        boxes = {"boxes": model.where(images)[0]} | ({"fresh": fresh.where(images)[0]} if fresh else {})
+        return {"top": ranked(model(images)), **boxes, **{f"head {k}": v.float().argmax(1) for k, v in model.heads(images).items()}}
 
     split, (H, W) = photos.split, recipe.image_size
     answer, labels = run_over(model, photos, recipe, opts, world, ask), np.array(photos.split.labels)
@@ -862,12 +864,16 @@ def looked(opts, recipe, model, photos, world):
         signature = np.array(split.signature, bool)
         for kind, chosen in (("signature", signature), ("decoy", ~signature)):
             if chosen.any():
-                row[f"pointing_{kind}"] = pointing(boxes, parts[:, chosen], H, W)
-                said[f"{kind} parts"] = "best box {best:.1f}%, all boxes {all:.1f}%; chance by area {chance:.1f}%, best constant box {constant:.1f}%".format(**{k: 100 * v for k, v in row[f"pointing_{kind}"].items()})
+                score = row[f"pointing_{kind}"] = pointing(boxes, parts[:, chosen], H, W)
+                text = "best box {best:.1f}%, all boxes {all:.1f}%; chance by area {chance:.1f}%, best constant box {constant:.1f}%".format(**{k: 100 * v for k, v in score.items()})
+                if fresh:
+                    score |= {f"untrained_{k}": v for k, v in pointing(answer["fresh"], parts[:, chosen], H, W).items() if k in ("best", "all")}
+                    text += f", untrained network {100 * score['untrained_best']:.1f}%, all its boxes {100 * score['untrained_all']:.1f}%"
+                said[f"{kind} parts"] = text
     if split.boxes is not None:
         objects = np.stack([data.to_input(split.boxes[i][None], answer["sizes"][i], recipe, photos.region(i, answer["sizes"][i]))[0] for i in range(len(photos))])
-        row["object_iou"] = object_iou(boxes[:, 0], objects)
-        said["object box"] = "mean IoU of the best box {mean:.3f}; best constant box {constant:.3f}".format(**row["object_iou"])
+        row["object_iou"] = object_iou(boxes[:, 0], objects) | ({"untrained": object_iou(answer["fresh"][:, 0], objects)["mean"]} if fresh else {})
+        said["object box"] = "mean IoU of the best box {mean:.3f}; best constant box {constant:.3f}".format(**row["object_iou"]) + (f", untrained network {row['object_iou']['untrained']:.3f}" if fresh else "")
         areas = (split.boxes[:, 2] - split.boxes[:, 0]) * (split.boxes[:, 3] - split.boxes[:, 1])
         scale, (low, high) = object_scale(areas)
         row["scale"] = {name: float(right[scale == name].mean()) for name in ("large", "medium", "small") if (scale == name).any()} | {"thresholds": [float(low), float(high)]}
@@ -876,6 +882,13 @@ def looked(opts, recipe, model, photos, world):
         row["reliance"] = reliance(recipe, model, photos, world)
         said["reliance"] = "swapping a part changes the decision in " + ", ".join(f"{k} {100 * v[1]:.0f}%" for k, v in row["reliance"].items()) + " of the images"
     return row
+
+
+def untrained(opts, recipe, world):
+    """The toy's network with random weights: where it looks is salience, not knowledge."""
+    with torch.random.fork_rng():
+        torch.manual_seed(opts.seed)
+        return build(opts, dataclasses.replace(recipe, weights="none"), data.PRESETS[recipe.toy_preset].classes, world.device).eval()
 
 
 def centres_in(boxes, H, W, cells=32):
