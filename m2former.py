@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision.models import SwinTransformer
 from torchvision.ops import StochasticDepth
 
@@ -65,7 +66,7 @@ class Recipe(common.Recipe):
 
     backbone: str = opt("mvitv2_base", "multi-scale transformer (Sec. 4.2, Table 6); large_in1k widens in the MLP, as that file does; toy: our choice", BACKBONES)
     rel_pos: str = opt("interpolate", "pretrained position tables of another size: resized, or drawn anew (authors' code)", ("interpolate", "reinit"))
-    attention: str = opt("folded", "relative positions of MViTv2: folded into the dot product, or added to the full score matrix; the same numbers", ("folded", "explicit"))
+    attention: str = opt("auto", "form of MViTv2's attention, the same numbers: position bias folded into the dot product (accelerators), a few rows of scores at a time (CPUs), or written out (authors' code)", ("auto", "folded", "chunked", "explicit"))
     msps: bool = opt(True, "multi-scale patch selection (Sec. 3.2); off: the plain backbone with one head, Table 3 (a)")
     stages: tuple[int, ...] = opt((1, 2, 3, 4), "stages that select patches, 1 is the finest (Table 8)")
     k: tuple[int, ...] = opt((162, 54, 18, 6), "patches selected in each stage (Eq. 3, Sec. 4.2)")
@@ -175,6 +176,75 @@ def attend_folded(q, k, v, tables, q_grid, k_grid):
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, kh + kw)), scale=1.0)[..., :d]
 
 
+class ChunkedAttention(torch.autograd.Function):
+    """The explicit form a few rows of scores at a time, so that they stay in a CPU's cache; what FlashAttention does in its tiles.
+
+    With P = softmax(S), O = P v and the gradient G of O: dv = P^T G, dS = P * (G v^T - rowsum(G * O)), and dS flows to q, k and the two summands of the
+    bias. Backward makes P again from S and the kept logsumexp of its rows, so that no N x N tensor outlives a chunk.
+    """
+
+    CHUNK = 2**18  # scores, 1 MB
+
+    @staticmethod
+    def scores(q, k, by_row, by_column):
+        """Rows of biased scores in fp32 at least: q (n, d), k (M, d), by_row (n, kh), by_column (n, kw) -> (n, M)."""
+        s = (q * q.shape[1] ** -0.5) @ k.T
+        s = s.to(torch.promote_types(s.dtype, torch.float32))
+        patches = s[:, len(k) - by_row.shape[1] * by_column.shape[1]:].unflatten(1, (by_row.shape[1], by_column.shape[1]))
+        patches.add_(by_row[:, :, None]).add_(by_column[:, None, :])
+        return s
+
+    @staticmethod
+    def chunks(B, h, N, M):
+        """Index (image, head, slice of queries) of each chunk."""
+        step = max(1, ChunkedAttention.CHUNK // M)
+        return [(b, i, slice(a, a + step)) for b in range(B) for i in range(h) for a in range(0, N, step)]
+
+    @staticmethod
+    def forward(ctx, q, k, v, by_row, by_column):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for at in ChunkedAttention.chunks(*q.shape[:3], k.shape[2]):
+            s = ChunkedAttention.scores(q[at], k[at[:2]], by_row[at], by_column[at])
+            lse[at] = s.logsumexp(1)
+            out[at] = s.sub_(lse[at][:, None]).exp_().to(v.dtype) @ v[at[:2]]
+        ctx.save_for_backward(q, k, v, by_row, by_column, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, by_row, by_column, out, lse = ctx.saved_tensors
+        dq, dk, dv, drow, dcolumn = (torch.zeros_like(x) for x in (q, k, v, by_row, by_column))
+        inner, scale = (grad * out).sum(3, dtype=lse.dtype), q.shape[3] ** -0.5
+        for at in ChunkedAttention.chunks(*q.shape[:3], k.shape[2]):
+            head = at[:2]
+            p = ChunkedAttention.scores(q[at], k[head], by_row[at], by_column[at]).sub_(lse[at][:, None]).exp_()
+            dv[head].addmm_(p.to(v.dtype).T, grad[at])
+            ds = p.mul_((grad[at] @ v[head].T).sub_(inner[at][:, None])).to(q.dtype)
+            dq[at] = (ds @ k[head]).mul_(scale)
+            dk[head].addmm_(ds.T, q[at], alpha=scale)
+            patches = ds[:, k.shape[2] - by_row.shape[3] * by_column.shape[3]:].unflatten(1, (by_row.shape[3], by_column.shape[3]))
+            drow[at], dcolumn[at] = patches.sum(2), patches.sum(1)
+        return dq, dk, dv, drow, dcolumn
+
+
+@torch.compiler.disable  # a loop over chunks is not for a compiler to unroll
+def attend_chunked(q, k, v, tables, q_grid, k_grid):
+    """The same by ChunkedAttention: the fastest form on a CPU."""
+    class_token = q.shape[2] - q_grid[0] * q_grid[1]
+    products = (F.pad(p.flatten(2, 3), (0, 0, class_token, 0)) for p in position_products(q, tables, q_grid, k_grid))
+    return ChunkedAttention.apply(q, k, v, *products)
+
+
+def attend_auto(q, k, *rest):
+    """The fastest: folded on an accelerator; on a CPU explicit while the scores of a head fit its cache, and chunked beyond."""
+    fits = q.shape[2] * k.shape[2] <= ChunkedAttention.CHUNK
+    return (attend_folded if q.device.type != "cpu" else attend_explicit if fits else attend_chunked)(q, k, *rest)
+
+
+ATTEND = {"auto": attend_auto, "folded": attend_folded, "chunked": attend_chunked, "explicit": attend_explicit}
+
+
 class Mlp(nn.Module):
     """Linear, activation, linear."""
 
@@ -192,7 +262,7 @@ class PoolingAttention(nn.Module):
     def __init__(self, dim, dim_out, heads, q_stride, kv_stride, grid, form):
         super().__init__()
         d = dim_out // heads
-        self.heads, self.attend = heads, {"folded": attend_folded, "explicit": attend_explicit}[form]
+        self.heads, self.attend = heads, ATTEND[form]
         self.qkv, self.proj = nn.Linear(dim, 3 * dim_out), nn.Linear(dim_out, dim_out)
         for name, stride in (("q", q_stride), ("k", kv_stride), ("v", kv_stride)):
             setattr(self, f"pool_{name}", nn.Conv2d(d, d, 3, stride, 1, groups=d, bias=False))  # one kernel for all heads
@@ -253,7 +323,7 @@ class MViTv2(nn.Module):
     depths: blocks in each stage; dim, heads: of the first stage, both double from stage to stage; drop_path: of the last block.
     """
 
-    def __init__(self, depths, dim, heads, image_size, num_classes, class_token=True, drop_path=0.0, attention="folded", widen="attention"):
+    def __init__(self, depths, dim, heads, image_size, num_classes, class_token=True, drop_path=0.0, attention="auto", widen="attention"):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.check(H, W)
@@ -318,7 +388,7 @@ VARIANTS = {  # depths, dim, heads, drop_path
 }
 
 
-def mvitv2(variant, image_size, num_classes, class_token=True, drop_path=None, attention="folded"):
+def mvitv2(variant, image_size, num_classes, class_token=True, drop_path=None, attention="auto"):
     """MViTv2 of a published size; "large_in1k" widens in the MLP of a stage's last block, the others in the attention of the next one's first."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown MViTv2 {variant!r}; allowed: {', '.join(VARIANTS)}")
