@@ -77,9 +77,12 @@ def parse(argv):
     what = head.add_argument_group("what")
     what.add_argument("--method", metavar="M", help=f"one of {', '.join(METHODS)}")
     what.add_argument("--data", metavar="D", help=f"one of {', '.join(data.DATASETS)} [toy]")
+    what.add_argument("--root", metavar="DIR", help="folder of the dataset")
     what.add_argument("--recipe", metavar="NAME", help="which of the method's recipes [the one named like the data]")
     what.add_argument("--run", metavar="DIR", nargs="+" if action == "figures" else 1, help="run folder to act on; method, data and recipe come from there (figures: one or several)")
     what.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped")
+    if action == "table":
+        what.add_argument("--table", metavar="N", help="which table of the paper; with --root on its own dataset, else on the toy; without it they are listed")
     first, rest = head.parse_known_args(argv)
     if action in ("eval", "predict", "figures") and not first.run and first.method in METHODS:
         first.run = [f"runs/{first.method}-{first.recipe or first.data or 'toy'}"]
@@ -100,7 +103,8 @@ def parse(argv):
         raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
     if action == "compare" and (first.method or first.recipe):
         raise ValueError("compare runs every method with its own recipe; leave --method and --recipe away, or use table --method M")
-    name = run["data"] if run else first.data or "toy"
+    own = METHODS[method].TABLES.get(first.table) if action == "table" and first.root else None  # a table's own dataset
+    name = run["data"] if run else first.data or (own.data if own else "toy")
     if run and (first.method not in (None, method) or first.data not in (None, name)):
         raise ValueError(f"the run is {method} on {name}: leave --method and --data away, or act on another run")
     if name not in data.DATASETS:
@@ -108,7 +112,6 @@ def parse(argv):
 
     cli = Parser(prog="train.py", description=__doc__, parents=[head], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     how = cli.add_argument_group("the run")
-    how.add_argument("--root", metavar="DIR", help="folder of the dataset")
     how.add_argument("--download", action="store_true", help="fetch the dataset into --root first (cub, aircraft, flowers, dogs)")
     how.add_argument("--seed", type=int, default=0, metavar="INT", help="of initial weights, order and augmentation [0]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto: cuda when there is one]")
@@ -123,7 +126,6 @@ def parse(argv):
         how.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate every so many epochs, and after the last [1]")
         how.add_argument("--skip-bad-images", action="store_true", help="leave out unreadable photos and list them in run.json, instead of stopping")
     if action in ("table", "compare"):
-        how.add_argument("--table", metavar="N", help="which table of the paper; without it they are listed")
         how.add_argument("--seeds", default="0", help="comma-separated seeds [0]")
         how.add_argument("--any-commit", action="store_true", help="also use finished rows that another commit produced")
     if action == "predict":
@@ -628,6 +630,9 @@ def load_last(folder, opts, world, classes):
 
 def check_run(state, path, opts, classes=None):
     """A checkpoint must be of this method and these classes -> the checkpoint."""
+    missing = {"method", "classes", "step", "model", "ema", "optimizer", "scores"} - set(state)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version of this code wrote it; use the commit in the run's run.json")
     if state["method"] != opts.method:
         raise ValueError(f"{path} is a checkpoint of {state['method']}, not of {opts.method}")
     if classes is not None and state["classes"] != classes:

@@ -95,7 +95,7 @@ RECIPES = {
     "plant": CUB,  # Plant Pathology 2020, not the set of Table 1 (see above); the authors give no recipe
     "folder": CUB,
     "toy": Recipe(
-        image_size=(192, 192), encoder_size=128, pad=6, backbone="toy_vit16", toy_preset="birds-small", batch_size=32, epochs=30, optimizer="adamw", lr=2e-3,
+        image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), backbone="toy_vit16", toy_preset="birds-small", batch_size=32, epochs=30, optimizer="adamw", lr=2e-3,
         weight_decay=0.05, schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,), amp="off",
     ),
 }

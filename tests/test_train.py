@@ -455,6 +455,23 @@ def test_a_run_refuses_other_classes_and_other_methods(room, capsys):
     assert "checkpoint of tdsa" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_lacks_a_field_says_that_another_version_wrote_it(room, capsys):
+    assert run("--method", "tdsa", *TINY, "--out", "a") == 0
+    state = common.load_checkpoint(Path("a/last.pt"))
+    del state["scores"]
+    common.save_checkpoint(Path("a/last.pt"), state)
+    assert run("eval", "--run", "a") == 2
+    assert "lacks scores" in capsys.readouterr().err
+
+
+def test_table_runs_on_its_own_dataset_when_root_is_given_and_on_the_toy_otherwise(two_rows, room, capsys):
+    assert train.parse(["table", "--method", "tdsa", "--table", "t"]).data == "toy"
+    own = train.parse(["table", "--method", "tdsa", "--table", "t", "--root", "photos"])
+    assert own.data == "cub" and own.recipe == train.METHODS["tdsa"].RECIPES["cub"]
+    assert train.parse(["table", "--method", "tdsa", "--table", "t", "--root", "photos", "--data", "folder"]).data == "folder"
+    assert run(*TABLE, "--root", "nowhere") == 2 and "nowhere" in capsys.readouterr().err
+
+
 def test_out_of_memory_names_batch_accumulate_and_amp(room, monkeypatch, capsys):
     def hungry(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes")
