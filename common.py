@@ -114,12 +114,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: `rows` of (name, overrides of recipe fields, the paper's value or None)."""
+    """A table of the paper: `rows` of (name, overrides of recipe fields, the paper's value or None).
+
+    The override "eval" is a dict of fields that only the evaluation uses: rows that differ in nothing else are evaluations of one training.
+    """
 
     title: str
     data: str  # the dataset it is about, a key of the method's RECIPES
     metric: str  # "top1" (%), "mAP" (%), "params" (M), "macs" (G), ...
     rows: tuple[tuple[str, dict, float | None], ...]
+
+
+def split_row(overrides):
+    """A row's overrides -> (what it trains with, what its evaluation changes)."""
+    return {k: v for k, v in overrides.items() if k != "eval"}, overrides.get("eval", {})
 
 
 def parse_tuple(kind, text):

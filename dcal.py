@@ -176,7 +176,7 @@ TABLES = {
         ("GLCA, mean read-out (ours)", GLCA_ONLY | {"glca_readout": "mean"}, None),
     )),
     "infer": Table("Sec. 4.6: trained as DCAL, tested with", "cub", "top1", (
-        ("SA and GLCA", {}, 84.6), ("SA alone", {"infer": "sa"}, 84.3), ("GLCA alone", {"infer": "glca"}, None),
+        ("SA and GLCA", {}, 84.6), ("SA alone", {"eval": {"infer": "sa"}}, 84.3), ("GLCA alone", {"eval": {"infer": "glca"}}, None),
     )),
     "fig2-glca": Table("Figure 2: GLCA blocks (most values are only drawn)", "cub", "top1", (
         ("M = 1", GLCA_ONLY, 83.1), ("M = 2", GLCA_ONLY | {"glca_blocks": 2}, None), ("M = 3", GLCA_ONLY | {"glca_blocks": 3}, None),

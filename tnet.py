@@ -147,12 +147,12 @@ RECIPES = {
 TABLES = {
     "1": Table("Hard attention on ImageNet", "imagenet", "top1", (
         ("BagNet-77", _bagnet77, 73.42),
-        *((f"TNet, {k} locations", {"locations": k}, top1) for k, top1 in zip("01235", (67.29, 73.12, 74.12, 74.41, 74.62))),
+        *((f"TNet, {k} locations", {"eval": {"locations": k}}, top1) for k, top1 in zip("01235", (67.29, 73.12, 74.12, 74.41, 74.62))),
     )),
     "2": Table("Scalability on fMoW", "fmow", "top1", (
         *((f"EfficientNet-B0, {size}", _fmow_en[size], top1) for size, top1 in zip(_fmow_en, (69.7, 62.8, 69.83, 70.6))),
-        *((f"TNet, 448, {k} locations", {"locations": k}, top1) for k, top1 in zip("0123", (47.79, 70.17, 71.46, 71.57))),
-        ("TNet, 896, 4 locations", _fmow_896, 72.16), ("TNet, 896, 6 locations", {**_fmow_896, "locations": "2x2"}, 71.92),
+        *((f"TNet, 448, {k} locations", {"eval": {"locations": k}}, top1) for k, top1 in zip("0123", (47.79, 70.17, 71.46, 71.57))),
+        ("TNet, 896, 4 locations", _fmow_896, 72.16), ("TNet, 896, 6 locations", {**_fmow_896, "eval": {"locations": "2x2"}}, 71.92),
     )),
     "toy": Table("Where to look, on the toy birds", "toy", "top1", (
         ("TNet, 3 locations", {}, None),
@@ -167,15 +167,15 @@ TABLES = {
     "fig3": Table("Backbones on CUB-200-2011 (the paper plots its values)", "cub", "top1", tuple(
         row for i in range(5) for row in (
             (f"EfficientNet-B{i}", {**_birds_en, "backbone": f"efficientnet_b{i}"}, None),
-            *((f"TNet-B{i}, {k} locations", {"backbone": f"efficientnet_b{i}", "epochs": 125 if i == 4 else 200, "locations": k}, None) for k in "012345"),
+            *((f"TNet-B{i}, {k} locations", {"backbone": f"efficientnet_b{i}", "epochs": 125 if i == 4 else 200, "eval": {"locations": k}}, None) for k in "012345"),
         )
     )),
     "5.4": Table("Attended locations without the context on ImageNet (Sec. 5.4)", "imagenet", "top1", tuple(
-        (f"TNet, {k} locations, no context", {"locations": k, "use_context": False}, top1) for k, top1 in zip("235", (67.95, 69.66, 71.05))
+        (f"TNet, {k} locations, no context", {"eval": {"locations": k, "use_context": False}}, top1) for k, top1 in zip("235", (67.95, 69.66, 71.05))
     )),
     "5.5": Table("Per-feature regularisation on ImageNet (Sec. 5.5)", "imagenet", "top1", (
-        *((f"with, {k} locations", {"locations": k}, top1) for k, top1 in zip("135", (73.12, 74.41, 74.62))),
-        *((f"without, {k} locations", {"lambda_c": 1.0, "lambda_r": 1.0, "locations": k}, top1) for k, top1 in zip("135", (65.21, 67.33, 68.55))),
+        *((f"with, {k} locations", {"eval": {"locations": k}}, top1) for k, top1 in zip("135", (73.12, 74.41, 74.62))),
+        *((f"without, {k} locations", {"lambda_c": 1.0, "lambda_r": 1.0, "eval": {"locations": k}}, top1) for k, top1 in zip("135", (65.21, 67.33, 68.55))),
     )),
 }
 

@@ -1260,19 +1260,21 @@ def run_rows(opts, world, folder, title, metric, rows):
         base = METHODS[method].RECIPES[opts.data] if opts.recipe is None else opts.recipe
         if opts.data == "toy":  # the toy keeps its own input, training settings and small backbone: only the method's switches vary
             own = {f.name for f in dataclasses.fields(base) if f.metadata["group"] == "method"} - {"backbone"}
-            overrides = {k: v for k, v in overrides.items() if k in own}
+            overrides = {k: v for k, v in overrides.items() if k in own | {"eval"}}
+        overrides, change = common.split_row(overrides)
         one.method, one.recipe, one.recipe_name = method, dataclasses.replace(base, **overrides), opts.recipe_name or opts.data
-        key, results = (method, json.dumps(overrides, sort_keys=True)), []
+        key, training = (method, json.dumps([overrides, change], sort_keys=True)), (method, json.dumps(overrides, sort_keys=True))
         if key in done:
             lines.append((method, name, paper, None, f"as row {done[key]} on {opts.data}"))
             continue
-        done[key] = name
         slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+        done[key], results = name, []
+        home = done.setdefault(training, slug)
         for seed in seeds:
-            one.seed, one.out, one.resume = seed, str(folder / f"{method}-{slug}-seed{seed}"), None
+            one.seed, one.out, one.resume = seed, str(folder / f"{method}-{home}-seed{seed}"), None
             check_row(one)
             try:
-                result = finish_row(one, world)
+                result = finish_row(one, world, change)
             except ValueError as error:  # a row that this data cannot have is said in the table; the others go on
                 results, problem = [], str(error)
                 break
@@ -1283,7 +1285,7 @@ def run_rows(opts, world, folder, title, metric, rows):
         if lead:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{method}-{slug}.json", {
-                "table": title, "row": name, "method": method, "overrides": overrides, "data": opts.data, "paper": paper, "metric": metric, "seeds": seeds,
+                "table": title, "row": name, "method": method, "overrides": overrides, "eval": change, "data": opts.data, "paper": paper, "metric": metric, "seeds": seeds,
                 "results": results, "problem": "" if results else problem, "command": opts.command, "device": device_name(world)})
     if not lead:
         return
@@ -1320,9 +1322,9 @@ def check_row(opts):
             raise ValueError(f"{folder} was made by commit {commit}, this is {git_commit()}; delete it to run it again, or use it as it is with --any-commit")
 
 
-def finish_row(opts, world):
-    """One row and seed of a table: read its result, go on with it, or train it -> the result with what eval saw, or an exit status."""
-    folder = Path(opts.out)
+def finish_row(opts, world, change):
+    """One row and seed of a table: read its result, go on with it, or train it; evaluate it with `change` of its recipe -> the result with what eval saw, or an exit status."""
+    folder, key = Path(opts.out), json.dumps(change, sort_keys=True)
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
     else:
@@ -1331,16 +1333,17 @@ def finish_row(opts, world):
         result = train(opts, world)
         if not isinstance(result, dict):
             return result
-    if "looked" not in result:
+    evaluations = result.setdefault("evaluations", {})
+    if key not in evaluations:
         opts.run, opts.run_info = [str(folder)], read_run(folder)
-        splits = load_data(opts)
-        model = load_run(opts, world, opts.recipe, open_run(opts)[1])
-        sample = torch.zeros(1, 3, *opts.recipe.image_size, device=world.device)
-        result["looked"] = {} if opts.recipe.task == "reid" else looked(opts, opts.recipe, model, data.Photos(splits.test, opts.recipe, False), world)
-        result |= {"parameters": count_parameters(model), "macs": common.count_macs(model, sample), "ms_per_image": milliseconds(model, sample, world.device)}
+        recipe, splits = dataclasses.replace(opts.recipe, **change), load_data(opts)
+        model, photos = load_run(opts, world, recipe, open_run(opts)[1]), data.Photos(splits.test, recipe, False)
+        sample = torch.zeros(1, 3, *recipe.image_size, device=world.device)
+        seen = {"scores": evaluate(opts, recipe, model, photos, world)} if recipe.task == "reid" else looked(opts, recipe, model, photos, world)
+        evaluations[key] = {"looked": seen, "parameters": count_parameters(model), "macs": common.count_macs(model, sample), "ms_per_image": milliseconds(model, sample, world.device)}
         if world.rank == 0:
             write_json(folder / "result.json", result)
-    return result
+    return result | evaluations[key] | (evaluations[key]["looked"]["scores"] if change else {})
 
 
 def metric_of(result, metric):

@@ -175,6 +175,7 @@ def connected_components(mask):
     return labels.view(-1, H + 1, W + 1)[:, :H, :W].reshape(mask.shape)
 
 
+@torch.compiler.disable  # numbers of components are data: nothing to compile
 def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=False):
     """Box of the object in an attention map (Sec. 2.1): (..., H, W) -> (..., 4) half-open row1, col1, row2, col2 in pixels of the map.
 
@@ -239,6 +240,7 @@ def suppress(boxes, scores, keep, iou):
     return torch.stack(chosen, 1)
 
 
+@torch.compiler.disable
 def part_boxes(attention, crop, size, parts=2, iou=0.1, stride=1, pool="avg"):
     """The windows with most attention that hardly overlap (Sec. 2.2): map (..., h, w) -> (..., parts, 4) half-open row1, col1, row2, col2.
 

@@ -668,7 +668,8 @@ def test_every_row_of_every_table_is_a_recipe_and_its_overrides_build():
     kinds = {f.name: f for f in dataclasses.fields(dcal.Recipe)}
     for table in dcal.TABLES.values():
         assert table.data in dcal.RECIPES
-        for name, change, _ in table.rows:
+        for name, overrides, _ in table.rows:
+            change = {k: v for part in common.split_row(overrides) for k, v in part.items()}
             recipe = dataclasses.replace(dcal.RECIPES[table.data], **change)
             assert all(not kinds[k].metadata["choices"] or v in kinds[k].metadata["choices"] for k, v in change.items()), name
             small = {k: v for k, v in change.items() if k not in ("backbone", "normalize", "instances")}

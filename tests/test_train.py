@@ -724,6 +724,19 @@ def test_a_table_resumes_aggregates_over_seeds_and_prints_the_papers_number(two_
     assert kept["rows"][0]["ours"] == [25.0, 75.0] and kept["rows"][0]["paper"] == 28.5 and kept["commit"] == train.git_commit()
 
 
+def test_rows_that_differ_only_in_how_they_are_evaluated_share_one_training(room, monkeypatch):
+    rows = (("3", {"eval": {"locations": "3"}}, 1.0), ("0", {"eval": {"locations": "0"}}, 2.0), ("random", {"policy": "random", "eval": {"locations": "0"}}, None))
+    monkeypatch.setattr(train.METHODS["tnet"], "TABLES", {"t": common.Table("locations", "imagenet", "top1", rows)})
+    real, trained = train.train, []
+    monkeypatch.setattr(train, "train", lambda opts, world: (trained.append(opts.recipe.policy), real(opts, world))[1])
+    assert run("table", "--method", "tnet", "--table", "t", "--toy-train", "1", "--toy-test", "2", "--epochs", "1", "--seeds", "0,1") == 0
+    assert trained == ["learned", "learned", "random", "random"]
+    kept = json.loads(Path("runs/table-tnet-t-toy/results.json").read_text())["rows"]
+    assert [row["paper"] for row in kept] == [1.0, 2.0, None] and kept[0]["macs"] > 2 * kept[1]["macs"]
+    heads = [row["looked"][1]["heads"] for row in kept]
+    assert kept[0]["ours"][1] == pytest.approx(100 * heads[0]["all"], abs=1e-3) and kept[1]["ours"][1] == pytest.approx(100 * heads[1]["context"], abs=1e-3)
+
+
 def test_a_stopped_table_stops_and_goes_on_where_it_was(two_rows, room, monkeypatch):
     real = train.update
 
@@ -761,7 +774,8 @@ def test_every_row_of_every_table_is_a_recipe_of_the_tables_data(method):
         names = [name for name, _, _ in table.rows]
         assert len(set(names)) == len(names) and names, f"{method} table {key}"
         for name, overrides, paper in table.rows:
-            row = train.dataclasses.replace(base, **overrides)
+            training, evaluation = common.split_row(overrides)
+            row = train.dataclasses.replace(base, **training | evaluation)
             assert row.task == base.task and (paper is None or paper > 0), f"{method} table {key}: {name}"
 
 
