@@ -106,8 +106,8 @@ class Recipe:
             for name in names.split():
                 if not least <= getattr(self, name) <= most:
                     raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; allowed: at least {least}" + (f", at most {most}" if most < math.inf else ""))
-        if min(self.image_size) < 1 or min(self.resize) < 0 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"--image-size {self.image_size}, --resize {self.resize}, --crop-area {self.crop_area} or --crop-ratio {self.crop_ratio} is out of range; sizes in pixels, areas in (0, 1], smaller value first")
+        if min(self.image_size) < 1 or min(self.resize) < 0 or not 0 < self.zoom[0] <= self.zoom[1] or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"--image-size {self.image_size}, --resize {self.resize}, --zoom {self.zoom}, --crop-area {self.crop_area} or --crop-ratio {self.crop_ratio} is out of range; sizes in pixels, areas in (0, 1], smaller value first")
         if self.instances and self.batch_size % self.instances:
             raise ValueError(f"--batch-size {self.batch_size} holds no whole groups of --instances {self.instances}; choose a multiple")
 

@@ -116,6 +116,8 @@ def test_every_action_runs_for_each_method_and_writes_its_files(method, room, ca
     assert run("figures", "--run", folder, "--images", 2) == 0
     pictures = sorted((folder / "figures").glob("*.png"))
     assert len(pictures) == 3 and all(np.asarray(Image.open(p)).std() > 5 for p in pictures)
+    assert run("figures", "--run", folder, "--images", 1, "--format", "jpg", "--out", "jpgs") == 0
+    assert np.abs(np.asarray(Image.open("jpgs/test00000.jpg"), float) - np.asarray(Image.open(pictures[1]).convert("RGB"), float)).mean() < 6
 
     assert run("profile", "--method", method, "--rounds", 1) == 0
     assert "GMACs" in capsys.readouterr().out
