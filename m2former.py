@@ -176,14 +176,15 @@ def attend_folded(q, k, v, tables, q_grid, k_grid):
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, kh + kw)), scale=1.0)[..., :d]
 
 
+CHUNK = 2**18  # scores, 1 MB: what stays in the cache of a CPU core
+
+
 class ChunkedAttention(torch.autograd.Function):
     """The explicit form a few rows of scores at a time, so that they stay in a CPU's cache; what FlashAttention does in its tiles.
 
     With P = softmax(S), O = P v and the gradient G of O: dv = P^T G, dS = P * (G v^T - rowsum(G * O)), and dS flows to q, k and the two summands of the
     bias. Backward makes P again from S and the kept logsumexp of its rows, so that no N x N tensor outlives a chunk.
     """
-
-    CHUNK = 2**18  # scores, 1 MB
 
     @staticmethod
     def scores(q, k, by_row, by_column):
@@ -197,7 +198,7 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def chunks(B, h, N, M):
         """Index (image, head, slice of queries) of each chunk."""
-        step = max(1, ChunkedAttention.CHUNK // M)
+        step = max(1, CHUNK // M)
         return [(b, i, slice(a, a + step)) for b in range(B) for i in range(h) for a in range(0, N, step)]
 
     @staticmethod
@@ -238,7 +239,7 @@ def attend_chunked(q, k, v, tables, q_grid, k_grid):
 
 def attend_auto(q, k, *rest):
     """The fastest: folded on an accelerator; on a CPU explicit while the scores of a head fit its cache, and chunked beyond."""
-    fits = q.shape[2] * k.shape[2] <= ChunkedAttention.CHUNK
+    fits = q.shape[2] * k.shape[2] <= CHUNK
     return (attend_folded if q.device.type != "cpu" else attend_explicit if fits else attend_chunked)(q, k, *rest)
 
 

@@ -128,7 +128,7 @@ def attention_inputs(q_grid, k_grid, class_token, B=2, h=2, d=6, dtype=torch.flo
 @pytest.mark.parametrize("class_token", [0, 1])
 @pytest.mark.parametrize("q_grid, k_grid", GRIDS)
 def test_folded_and_chunked_attention_equal_the_explicit_one_in_value_and_every_gradient(q_grid, k_grid, class_token, attend, chunk, monkeypatch):
-    monkeypatch.setattr(m.ChunkedAttention, "CHUNK", chunk)
+    monkeypatch.setattr(m, "CHUNK", chunk)
     inputs = attention_inputs(q_grid, k_grid, class_token)
     results = []
     for form in (attend, m.attend_explicit):
@@ -159,9 +159,9 @@ def test_auto_is_chunked_on_a_cpu_once_a_heads_scores_leave_its_cache_and_explic
     for name in ("attend_chunked", "attend_explicit", "attend_folded"):
         monkeypatch.setattr(m, name, lambda *a, name=name: called.append(name))
     q, k, v, *tables = attention_inputs((4, 4), (4, 4), 0)
-    monkeypatch.setattr(m.ChunkedAttention, "CHUNK", 16 * 16)
+    monkeypatch.setattr(m, "CHUNK", 16 * 16)
     m.attend_auto(q, k, v, tables, (4, 4), (4, 4))
-    monkeypatch.setattr(m.ChunkedAttention, "CHUNK", 16 * 16 - 1)
+    monkeypatch.setattr(m, "CHUNK", 16 * 16 - 1)
     m.attend_auto(q, k, v, tables, (4, 4), (4, 4))
     m.attend_auto(q.to("meta"), k.to("meta"), v, tables, (4, 4), (4, 4))
     assert called == ["attend_explicit", "attend_chunked", "attend_folded"]
