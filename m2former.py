@@ -779,13 +779,15 @@ def build(recipe, num_classes):
 
 
 def load_weights(model, recipe):
-    """Fill the backbone from an official file, or the whole model from one of ours; heads may differ, position tables are resized or drawn anew."""
+    """Fill the backbone from an official file or a plain run of ours, or the whole model from one of ours; heads may differ, position tables are resized or drawn anew."""
     source = recipe.weights
     if source == "default":
         if recipe.backbone not in WEIGHTS:
             raise ValueError(f"--weights default: {recipe.backbone} has no official weights to download; give a file (CvT-21's are on Microsoft's OneDrive) or --weights none")
         source = common.fetch(WEIGHTS[recipe.backbone])
     state = common.read_state(source)
+    if all(name.startswith("backbone.") for name in state):  # a run of ours with the plain backbone
+        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     whole = any(name.startswith("backbone.") for name in state)
     target = model if whole else model.backbone
     heads = ("backbone.head.", "stage_heads.", "head_con.") if whole else ("head.", "cls_token") + (() if recipe.msps else ("norm.",))

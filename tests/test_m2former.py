@@ -767,6 +767,15 @@ def test_weights_without_a_class_token_leave_it_as_drawn_and_the_plain_backbone_
     torch.testing.assert_close(pooled.backbone.stages(photos())[3][0], official.stages(photos())[3][0])
 
 
+def test_a_run_of_the_plain_backbone_starts_an_m2former_or_another_plain_one(tmp_path):
+    plain = tiny(num_classes=9, msps=False)
+    torch.save({"model": plain.state_dict()}, tmp_path / "w.bin")
+    for change in ({}, {"msps": False}):
+        model = m.build(replace(TINY, weights=str(tmp_path / "w.bin"), **change), 5)
+        assert all(tensor.equal(plain.state_dict()[f"backbone.{name}"]) for name, tensor in model.backbone.state_dict().items() if not name.startswith("head."))
+        assert model(photos()).shape == (2, 5)
+
+
 def test_a_whole_m2former_is_loaded_with_other_heads_at_another_size(tmp_path):
     trained = tiny(num_classes=9)
     torch.save({"model": trained.state_dict()}, tmp_path / "w.bin")
