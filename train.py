@@ -458,17 +458,7 @@ def train(opts, world):
         if ema:
             ema.load_state_dict(saved["ema"])
         step, seconds, best, scores = (saved[k] for k in ("step", "seconds", "best", "scores"))
-        same = len(saved["processes"]) == world.size
-        if same:
-            set_rng_state(saved["processes"][world.rank]["rng"], world.device)
-        else:  # another number of processes: the same run in law, not in bits
-            seed_all(opts.seed + 7919 * step + world.rank)
-        for r, share in enumerate(saved["processes"]):  # what differed between the processes; the sums of processes that are no more go to the first
-            mine = int(r == world.rank if same else lead)
-            count += mine * share["count"]
-            bad_images += share["bad_images"] if mine else []
-            for name, value in share["sums"].items():
-                sums[name] = sums.get(name, 0) + mine * value.to(world.device)
+        sums, count, bad_images = restore_share(saved["processes"], opts.seed + 7919 * step, world)
         if lead:
             keep_log(folder / "log.jsonl", step - bool(sums))  # sums: the epoch's line is still to be written
     elif lead:
@@ -495,26 +485,21 @@ def train(opts, world):
         while True:
             if sums and (step % per_epoch == 0 or step == steps):  # the end of an epoch; also right after a resume in the middle of its evaluation
                 rng = rng_state(world.device)
-                epoch = math.ceil(step / per_epoch)
                 seconds = time.perf_counter() - epoch_started
-                images_done = world.sum(np.array([count]))[0]
-                totals = {k: float(world.sum(v.double().cpu().numpy().reshape(1))[0] / images_done) for k, v in sums.items()}
-                entry = {"step": step, "epoch": epoch, "lr": common.lr_at(recipe, step - 1, steps, per_epoch), **{k: round(v, 6) for k, v in totals.items()}}
-                if step == steps or epoch % opts.eval_every == 0:
+                entry = epoch_entry(step, per_epoch, sums, count, seconds, common.lr_at(recipe, step - 1, steps, per_epoch), world)
+                if step == steps or entry["epoch"] % opts.eval_every == 0:
                     for buffer in (ema or model).buffers() if world.size > 1 else ():
                         dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own: score the model that is saved
                     try:
-                        scores = evaluate(opts, recipe, ema or model, test_photos, world, stop)
+                        entry[test_name] = scores = evaluate(opts, recipe, ema or model, test_photos, world, stop)
                     except Stopped:
                         save(rng)
                         return stopped(stop, folder, step, lead)
-                    entry[test_name] = scores
-                    main = next(iter(scores))
-                    if scores[main] > best.get("score", -1.0):
-                        best = {"metric": main, "score": scores[main], "epoch": epoch}
-                entry |= {"seconds": round(seconds, 2), "images_per_second": round(float(images_done) / max(seconds, 1e-9), 1)}
+                    metric = next(iter(scores))
+                    if scores[metric] > best.get("score", -1.0):
+                        best = {"metric": metric, "score": scores[metric], "epoch": entry["epoch"]}
                 if lead:
-                    line.done(f"epoch {epoch}/{math.ceil(steps / per_epoch)}  " + "  ".join(f"{k} {v:.4g}" for k, v in totals.items()) + "  " + "  ".join(f"{test_name} {k} {100 * v:.1f}%" for k, v in scores.items() if k in entry.get(test_name, {})) + f"  {entry['images_per_second']:.0f} images/s")
+                    line.done(epoch_line(entry, math.ceil(steps / per_epoch), sums, test_name))
                     with open(folder / "log.jsonl", "a") as log:
                         log.write(json.dumps(entry) + "\n")
                 sums, count, batches = {}, 0, None
@@ -571,9 +556,44 @@ def train(opts, world):
             write_json(folder / "run.json", read_run(folder) | {"bad_images": bad_images})
             print(f"{len(bad_images)} unreadable photos were left out; they are listed in {folder}/run.json")
         write_json(folder / "result.json", result)
-        print(f"result: {test_name} " + "  ".join(f"{k} {100 * v:.1f}%" for k, v in scores.items()) + f" after the last epoch, {result['seconds']:.0f} s of training -> {folder}/result.json")
+        print(f"result: {test_name} " + "  ".join(percentages(scores)) + f" after the last epoch, {result['seconds']:.0f} s of training -> {folder}/result.json")
         print(f"next:   python train.py eval --run {folder}\n        python train.py figures --run {folder}" + ("" if recipe.task == "reid" else f"\n        python train.py predict --run {folder} PHOTO_OR_FOLDER"))
     return result
+
+
+def restore_share(shares, seed, world):
+    """What differed between the processes that wrote a checkpoint -> this one's sums of the epoch's terms, count of images, unreadable photos; sets the random states."""
+    same = len(shares) == world.size
+    if same:
+        set_rng_state(shares[world.rank]["rng"], world.device)
+    else:  # another number of processes: the same run in law, not in bits
+        seed_all(seed + world.rank)
+    sums, count, bad_images = {}, 0, []
+    for r, share in enumerate(shares):
+        mine = int(r == world.rank if same else world.rank == 0)  # the sums of processes that are no more go to the first
+        count += mine * share["count"]
+        bad_images += share["bad_images"] if mine else []
+        for name, value in share["sums"].items():
+            sums[name] = sums.get(name, 0) + mine * value.to(world.device)
+    return sums, count, bad_images
+
+
+def epoch_entry(step, per_epoch, sums, count, seconds, lr, world):
+    """A line of log.jsonl: the epoch's mean terms over the images of all processes; the scores come beside them."""
+    images = float(world.sum(np.array([count]))[0])
+    means = {k: float(world.sum(v.double().cpu().numpy().reshape(1))[0] / images) for k, v in sums.items()}
+    return {"step": step, "epoch": math.ceil(step / per_epoch), "lr": lr, **{k: round(v, 6) for k, v in means.items()}, "seconds": round(seconds, 2), "images_per_second": round(images / max(seconds, 1e-9), 1)}
+
+
+def percentages(scores, digits=1):
+    """Scores as texts: all are shares, but for the number of skipped queries."""
+    return [f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items()]
+
+
+def epoch_line(entry, epochs, terms, test_name):
+    """The same line for a reader."""
+    said = [f"epoch {entry['epoch']}/{epochs}", *(f"{k} {entry[k]:.4g}" for k in terms), *(f"{test_name} {text}" for text in percentages(entry.get(test_name, {})))]
+    return "  ".join(said) + f"  {entry['images_per_second']:.0f} images/s"
 
 
 def update(recipe, model, wrapped, optimizer, scaler, context, batch, world, describe_step):
@@ -830,7 +850,7 @@ def evaluate_run(opts, world):
         title = f"{opts.method} on {opts.data}, {len(split)} test images, {folder}"
         print(title + "\n" + "-" * len(title))
         for row in rows:
-            print((f"[{row['variant']}]  " if row["variant"] else "") + "  ".join(f"{k} {v if k == 'skipped' else f'{100 * v:.2f}%'}" for k, v in row["scores"].items()) + f"  {row['macs'] / 1e9:.3f} GMACs  {row['ms_per_image']:.1f} ms/image")
+            print((f"[{row['variant']}]  " if row["variant"] else "") + "  ".join(percentages(row["scores"], 2)) + f"  {row['macs'] / 1e9:.3f} GMACs  {row['ms_per_image']:.1f} ms/image")
             if len(row["heads"]) > 1:
                 print("   heads: " + "  ".join(f"{k} {100 * v:.2f}%" for k, v in row["heads"].items()))
             for name, text in row.get("said", {}).items():
@@ -1401,4 +1421,9 @@ def fail(status, error):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort an interpreter that is shutting down, after all is done (seen in torch 2.15, with twenty lines of torch alone)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
