@@ -800,8 +800,8 @@ def test_ticks_are_round_and_cover_the_range():
 
 
 def readme_commands():
-    """Lines `python train.py ...` of the README's code blocks, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    """Lines `python train.py ...` of the code blocks of both READMEs, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text() + (HERE / "results" / "README.md").read_text(), re.S)
     return [shlex.split(line, comments=True)[2:] for block in blocks for line in block.splitlines() if line.startswith("python train.py")]
 
 
