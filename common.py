@@ -301,6 +301,8 @@ def fetch(url, sha256=""):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None, progress=sys.stderr.isatty())
         except OSError as error:
             raise FileNotFoundError(f"could not download {url} ({error}); fetch it by hand to {path}, or use --weights none") from None
+        except RuntimeError as error:  # what torch raises for a wrong hash; it keeps no file then
+            raise ValueError(f"{url} is not the published file ({error}); try again, or fetch it by hand to {path}") from None
     return path
 
 

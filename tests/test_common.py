@@ -1,4 +1,5 @@
 """What the method files share: the recipe and its flags, schedules, checkpoints, pictures, and the ViT against torchvision's."""
+import hashlib
 import math
 
 import numpy as np
@@ -305,3 +306,23 @@ def test_the_rollout_keeps_no_attention_matrix_for_the_backward_pass():
     with torch.autocast("cpu", torch.bfloat16):  # fp32 whatever the context: bf16 would change which patches are picked
         row = common.cls_rollout([(q.bfloat16(), k.bfloat16()) for q, k in seen])
     assert row.dtype == torch.float32 and row.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ official weights
+
+
+def test_fetch_downloads_once_checks_the_hash_and_says_where_to_put_a_file_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    url = (tmp_path / "w.pth").as_uri()
+    got = common.fetch(url, hashlib.sha256(b"weights").hexdigest()[:8])
+    assert got.read_bytes() == b"weights" and got.parent == tmp_path / "hub" / "checkpoints"
+    (tmp_path / "w.pth").unlink()
+    assert common.fetch(url).read_bytes() == b"weights", "the second time nothing is read from the address"
+    got.unlink()
+    with pytest.raises(FileNotFoundError, match="fetch it by hand to .*w.pth, or use --weights none"):
+        common.fetch(url)
+    (tmp_path / "w.pth").write_bytes(b"other bytes")
+    with pytest.raises(ValueError, match="not the published file .*hash"):
+        common.fetch(url, hashlib.sha256(b"weights").hexdigest()[:8])
+    assert not got.exists(), "what does not fit its hash is not kept"
