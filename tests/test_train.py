@@ -740,6 +740,19 @@ def test_rows_that_differ_only_in_how_they_are_evaluated_share_one_training(room
     assert kept[0]["ours"][1] == pytest.approx(100 * heads[0]["all"], abs=1e-3) and kept[1]["ours"][1] == pytest.approx(100 * heads[1]["context"], abs=1e-3)
 
 
+def test_compare_trains_every_method_and_its_baseline_and_prints_one_table(room, monkeypatch, capsys):
+    monkeypatch.setattr(train, "METHODS", {name: train.METHODS[name] for name in ("tnet", "tdsa")})
+    for module in train.METHODS.values():
+        small = train.dataclasses.replace(module.RECIPES["toy"], toy_train=1, toy_test=1, epochs=1, batch_size=8)
+        monkeypatch.setitem(module.RECIPES, "toy", small)
+    assert run("compare", "--seeds", "0") == 0
+    said, kept = capsys.readouterr().out, json.loads(Path("runs/compare-toy/results.json").read_text())["rows"]
+    names = [f"{method}: {name}" for method in ("tnet", "tdsa") for name, _, _ in train.METHODS[method].TABLES["baseline"].rows]
+    assert [row["row"] for row in kept] == names and all(name in said for name in names)
+    assert all(len(row["ours"]) == 1 and row["macs"] > 0 and "pointing" in row for row in kept)
+    assert Path("runs/compare-toy/results.md").read_text().count("\n|") == len(names) + 2
+
+
 def test_a_stopped_table_stops_and_goes_on_where_it_was(two_rows, room, monkeypatch):
     real = train.update
 
@@ -816,10 +829,10 @@ def test_the_readmes_commands_that_need_no_dataset_run_and_the_others_parse(room
                 train.parse(command)
         elif "--root" in command:
             assert train.parse(command).recipe.batch_size > 1
-        elif not command[0].startswith("--") and command[0] != "table":
+        elif not command[0].startswith("--") and command[0] not in ("table", "compare"):  # hours; the tests of tables run small ones
             assert run(*command, *(["--rounds", "1"] if command[0] == "profile" else [])) == 0, command
         else:
-            assert train.parse(command).method in METHODS
+            assert train.parse(command).action in train.ACTIONS
 
 
 def test_every_test_that_the_readme_names_exists():
