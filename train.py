@@ -911,9 +911,9 @@ def looked(opts, recipe, model, photos, world):
 
 
 def untrained(opts, recipe, world):
-    """The toy's network with random weights: where it looks is salience, not knowledge."""
+    """The toy's network with random weights of the run's seed: where it looks is salience, not knowledge."""
     with torch.random.fork_rng():
-        torch.manual_seed(opts.seed)
+        torch.manual_seed(opts.run_info["seed"])
         return build(opts, dataclasses.replace(recipe, weights="none"), data.PRESETS[recipe.toy_preset].classes, world.device).eval()
 
 
