@@ -123,6 +123,32 @@ def test_every_action_runs_for_each_method_and_writes_its_files(method, room, ca
     assert "GMACs" in capsys.readouterr().out
 
 
+def test_re_identification_trains_scores_and_draws_from_a_market_folder(room, capsys):
+    rng = np.random.default_rng(0)
+    for folder, ids, copies in (("bounding_box_train", (2, 7, 11), 2), ("query", (5, 6), 1), ("bounding_box_test", (5, 6, -1), 2)):
+        for pid in ids:
+            for camera in (1, 2):
+                for i in range(copies):
+                    path = room / "market" / folder / f"{'-1' if pid < 0 else f'{pid:04d}'}_c{camera}s1_{i:06d}_00.jpg"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray((rng.integers(0, 60, (40, 20, 3)) + 17 * max(pid, 0)).astype(np.uint8)).save(path)
+    flags = ["--method", "dcal", "--data", "market1501", "--root", "market", "--weights", "none", "--backbone", "toy_vit", "--image-size", "64,32", "--batch-size", 4, "--instances", 2, "--epochs", 2, "--workers", 0]
+    assert run(*flags, "--out", "a") == 0
+    scores = train.read_log(Path("a/log.jsonl"))[-1]["test"]
+    assert set(scores) == {"mAP", "rank1", "rank5", "rank10", "skipped"} and 0 < scores["mAP"] <= 1 and scores["skipped"] == 0
+    said = capsys.readouterr().out
+    assert f"test mAP {100 * scores['mAP']:.1f}%" in said and "skipped 0" in said and "skipped 0.0%" not in said
+    assert run("eval", "--run", "a", "--infer", "both,sa") == 0 and run("figures", "--run", "a", "--images", 2) == 0
+    rows = json.loads(Path("a/eval.json").read_text())["rows"]
+    assert rows[0]["scores"] == scores and [row["variant"] for row in rows] == ["infer=both", "infer=sa"] and len(list(Path("a/figures").glob("test*.png"))) == 2
+    assert run("predict", "--run", "a", "market/query") == 2 and "ranks identities" in capsys.readouterr().err
+
+
+def test_time_left_is_what_the_rate_so_far_gives(monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 100.0)
+    assert train.time_left(40.0, 30, 45) == "1:30" and train.time_left(40.0, 1, 61) == "1:01:00" and train.time_left(100.0, 0, 5) == "0:00"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_same_weights_state_and_log_bit_for_bit(method, room, monkeypatch):
     flags = ["--method", method, "--toy-train", "3", "--toy-test", "1", "--iterations", "6", "--batch-size", "8"]
