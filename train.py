@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -651,7 +652,7 @@ def load_last(folder, opts, world, classes):
 
 def check_run(state, path, opts, classes=None):
     """A checkpoint must be of this method and these classes -> the checkpoint."""
-    missing = {"method", "classes", "step", "model", "ema", "optimizer", "scores"} - set(state)
+    missing = set("method data classes step model ema optimizer scaler seconds best scores processes".split()) - set(state)  # what train.save writes
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version of this code wrote it; use the commit in the run's run.json")
     if state["method"] != opts.method:
@@ -833,19 +834,7 @@ def evaluate_run(opts, world):
     splits = load_data(opts)
     check_run(state, folder, opts, splits.classes)
     split, lead = splits.test, world.rank == 0
-    rows = []
-    for label, recipe in opts.variants:
-        model = load_run(opts, world, recipe, state)
-        photos = data.Photos(split, recipe, False)
-        if recipe.task == "reid":
-            heads = run_over(model, photos, recipe, opts, world, lambda images, _: {"all": model(images), **model.heads(images)})
-            row = {"variant": label, "scores": reid_scores(opts, heads["all"], split), "heads": {k: reid_scores(opts, v, split)["mAP"] for k, v in heads.items() if k not in ("all", "sizes")}}
-        else:
-            row = {"variant": label} | looked(opts, recipe, model, photos, world)
-        sample = torch.zeros(1, 3, *recipe.image_size, device=world.device)
-        row["macs"] = common.count_macs(model, sample)
-        row["ms_per_image"] = milliseconds(model, sample, world.device)
-        rows.append(row)
+    rows = [{"variant": label} | scored(opts, world, recipe, state, split) for label, recipe in opts.variants]
     if lead:
         title = f"{opts.method} on {opts.data}, {len(split)} test images, {folder}"
         print(title + "\n" + "-" * len(title))
@@ -855,12 +844,24 @@ def evaluate_run(opts, world):
                 print("   heads: " + "  ".join(f"{k} {100 * v:.2f}%" for k, v in row["heads"].items()))
             for name, text in row.get("said", {}).items():
                 print(f"   {name}: {text}")
-        if recipe.task != "reid":
+        if opts.recipe.task != "reid":
             print_classes(rows[0], splits.classes)
         out = Path(opts.out or folder)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "eval.json", {"command": opts.command, "commit": git_commit(), "device": device_name(world), "run": str(folder), "rows": rows})
         print(f"written: {out / 'eval.json'}")
+
+
+def scored(opts, world, recipe, state, split):
+    """A checkpoint on a split under a recipe -> dict: scores, those of its heads, what `looked` finds of a classifier, parameters, MACs and ms an image."""
+    model, photos = load_run(opts, world, recipe, state), data.Photos(split, recipe, False)
+    if recipe.task == "reid":
+        heads = run_over(model, photos, recipe, opts, world, lambda images, _: {"all": model(images), **model.heads(images)})
+        row = {"scores": reid_scores(opts, heads["all"], split), "heads": {k: reid_scores(opts, v, split)["mAP"] for k, v in heads.items() if k not in ("all", "sizes")}}
+    else:
+        row = looked(opts, recipe, model, photos, world)
+    sample = torch.zeros(1, 3, *recipe.image_size, device=world.device)
+    return row | {"parameters": count_parameters(model), "macs": common.count_macs(model, sample), "ms_per_image": milliseconds(model, sample, world.device)}
 
 
 def looked(opts, recipe, model, photos, world):
@@ -1009,7 +1010,7 @@ def predict(opts, world):
     photos = [data.prepare(data.open_photo(p), recipe) for p in paths]
     model = load_run(opts, world, recipe, state)
     out.mkdir(parents=True, exist_ok=True)
-    context = precision(recipe, world.device)[0]
+    context, stems = precision(recipe, world.device)[0], Counter(p.stem for p in paths)
     for i, (path, photo) in enumerate(zip(paths, photos)):
         image = common.normalize(photo[None].to(world.device), recipe.normalize)
         with context():
@@ -1020,8 +1021,8 @@ def predict(opts, world):
         plain = common.to_pil(image[0], recipe.normalize)
         zoom = max(1, round(320 / plain.height))
         big = plain.resize((plain.width * zoom, plain.height * zoom), data.Image.Resampling.BICUBIC)
-        marked = common.draw_boxes(big, boxes[0].float().cpu() * zoom, [str(i + 1) for i in range(boxes.shape[1])])
-        common.panels([big, marked], [path.name, names[0]], height=320).save(out / (f"{path.stem}.png" if [p.stem for p in paths].count(path.stem) == 1 else f"{i:04d}-{path.stem}.png"))
+        marked = common.draw_boxes(big, boxes[0].float().cpu() * zoom, [str(b + 1) for b in range(boxes.shape[1])])
+        common.panels([big, marked], [path.name, names[0]], height=320).save(out / (f"{path.stem}.png" if stems[path.stem] == 1 else f"{i:04d}-{path.stem}.png"))
     print(f"pictures: {out}/")
 
 
@@ -1276,7 +1277,7 @@ def run_rows(opts, world, folder, title, metric, rows):
     seeds = [int(s) for s in opts.seeds.split(",") if s]
     if opts.data != "toy" and not Path(opts.root or "nowhere").is_dir():
         data.load(opts.data, opts.root, common.Recipe())  # says what is wrong with --root, once for all rows
-    lines, done, lead = [], {}, world.rank == 0
+    lines, done, homes, lead = [], {}, {}, world.rank == 0
     for method, name, overrides, paper in rows:
         one = copy.copy(opts)
         base = METHODS[method].RECIPES[opts.data] if opts.recipe is None else opts.recipe
@@ -1291,7 +1292,7 @@ def run_rows(opts, world, folder, title, metric, rows):
             continue
         slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
         done[key], results = name, []
-        home = done.setdefault(training, slug)
+        home = homes.setdefault(training, slug)  # the first row with this training names its folders
         for seed in seeds:
             one.seed, one.out, one.resume = seed, str(folder / f"{method}-{home}-seed{seed}"), None
             check_row(one)
@@ -1324,7 +1325,7 @@ def run_rows(opts, world, folder, title, metric, rows):
         cells.append([label, shown, spread(values["ours"], metric), spread(values["seconds"], "s"), spread(values["pointing"]), spread(values["iou"], "iou"),
                       f"{results[0]['parameters'] / 1e6:.2f}", f"{results[0]['macs'] / 1e9:.3f}", f"{results[0]['ms_per_image']:.1f}"])
         kept.append({"row": label, "paper": paper, **{k: [round(x, 4) for x in v] for k, v in values.items() if not math.isnan(v[0])}, "parameters": results[0]["parameters"], "macs": results[0]["macs"], "commits": sorted({r["commit"] for r in results}),
-                     "looked": [{k: v for k, v in r["looked"].items() if k not in ("per_class", "confused", "said")} for r in results]})
+                     "looked": [{k: v for k, v in r["looked"].items() if k not in ("per_class", "confused", "said", "parameters", "macs", "ms_per_image")} for r in results]})
     keep = [c for c in range(len(head)) if any(row[c] not in ("-", "nan") for row in cells[1:]) or c < 3]
     about = {"title": title, "command": opts.command, "commit": git_commit(), "device": device_name(world), "seeds": opts.seeds, "date": time.strftime("%Y-%m-%d")}
     text = "\n".join([title, f"{opts.command}; commit {about['commit']}; {about['device']}; {about['date']}; seeds {opts.seeds}; mean +- sd over seeds, last epoch", "", text_table([[row[c] for c in keep] for row in cells]), ""])
@@ -1358,14 +1359,11 @@ def finish_row(opts, world, change):
     evaluations = result.setdefault("evaluations", {})
     if key not in evaluations:
         opts.run, opts.run_info = [str(folder)], read_run(folder)
-        recipe, splits = dataclasses.replace(opts.recipe, **change), load_data(opts)
-        model, photos = load_run(opts, world, recipe, open_run(opts)[1]), data.Photos(splits.test, recipe, False)
-        sample = torch.zeros(1, 3, *recipe.image_size, device=world.device)
-        seen = {"scores": evaluate(opts, recipe, model, photos, world)} if recipe.task == "reid" else looked(opts, recipe, model, photos, world)
-        evaluations[key] = {"looked": seen, "parameters": count_parameters(model), "macs": common.count_macs(model, sample), "ms_per_image": milliseconds(model, sample, world.device)}
+        evaluations[key] = scored(opts, world, dataclasses.replace(opts.recipe, **change), open_run(opts)[1], load_data(opts).test)
         if world.rank == 0:
             write_json(folder / "result.json", result)
-    return result | evaluations[key] | (evaluations[key]["looked"]["scores"] if change else {})
+    seen = evaluations[key]
+    return result | {"looked": seen} | {k: seen[k] for k in ("parameters", "macs", "ms_per_image")} | (seen["scores"] if change else {})
 
 
 def metric_of(result, metric):
