@@ -1,16 +1,18 @@
-"""What the five method files share: the recipe and its command line, schedules, weights, pictures, and the plain ViT.
+"""What the five methods share: options and recipe, learning rate, weights, pictures, the plain ViT, rollout.
 
-Nothing of ours is imported here. Order: recipes and tables -> learning rate -> weights -> pictures -> counting -> ViT and rollout.
+Nothing of ours is imported here; no dataset, and no files but weights.
 """
 import argparse
 import dataclasses
-import hashlib
-import itertools
+import functools
 import math
 import os
 import re
 import sys
 import typing
+import unicodedata
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,440 +20,497 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import functional as TF
 
-# ------------------------------------------------------------------------------------------------ recipes and tables
-
-
-def opt(default, help, choices=(), group="method"):
-    """A recipe field: its default, what it means (unit and source), the values allowed, its group in --help."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "group": group})
+# ------------------------------------------------------------------------------------------ options
 
 
-def _input(default, help, choices=()):
-    return opt(default, help, choices, "input")
+def opt(default, help, choices=(), least=0, most=1e6, group="method"):
+    """A field that is a flag too: default, meaning (unit and source), what is allowed, its group in --help."""
+    rule = {"help": help, "choices": choices, "least": least, "most": most, "group": group}
+    return field(default=default, metadata=rule)
 
 
-def _training(default, help, choices=()):
-    return opt(default, help, choices, "training")
+def flag(f):
+    """The command-line flag of a field."""
+    return "--" + f.name.replace("_", "-")
+
+
+class Options:
+    """A frozen dataclass of fields made by `opt`, checked by what they declare; nan, inf are in no range."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, (_, choices, least, most, _) = getattr(self, f.name), f.metadata.values()
+            for v in value if isinstance(value, tuple) else (value,):
+                if choices and v not in choices:
+                    raise ValueError(f"{flag(f)} {v}: allowed are {', '.join(choices)}")
+                if not isinstance(v, str) and not least <= v <= most:
+                    raise ValueError(f"{flag(f)} {v}: allowed are numbers from {least:g} to {most:g}")
+
+
+def add_options(parser, options, shown=lambda f: True):
+    """One typed flag for each field, its value as the default; fields not `shown` are not in the help."""
+    groups, hints = {}, typing.get_type_hints(type(options))
+    for f in dataclasses.fields(options):
+        kind, value, group = hints[f.name], getattr(options, f.name), f.metadata["group"]
+        if group not in groups:
+            title = f"{type(options).__module__}: the paper's own switches" if group == "method" else group
+            groups[group] = parser.add_argument_group(title)
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        how = {"default": argparse.SUPPRESS, "help": text if shown(f) else argparse.SUPPRESS}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, tuple):
+            how |= {"type": tuple_of(*typing.get_args(kind)), "metavar": "A,B"}
+        else:
+            how |= {"type": kind, "metavar": "|".join(f.metadata["choices"]) or kind.__name__.upper()}
+        groups[group].add_argument(flag(f), **how)
+
+
+def tuple_of(kind, *rest):
+    """Reader of "448,448"; one value stands for both of a pair."""
+
+    def numbers(text):
+        values = tuple(kind(v) for v in text.split(",") if v)
+        if ... in rest or len(values) == 1 + len(rest):
+            return values
+        (value,) = values
+        return (value,) * (1 + len(rest))
+
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------ recipe and tables
+
+on_input, on_training = functools.partial(opt, group="input"), functools.partial(opt, group="training")
+chance, share = functools.partial(on_input, most=1), functools.partial(on_training, most=1)
+FILTERS = ("nearest", "bilinear", "bicubic", "random")
+SCHEDULES = ("cosine", "steps", "onecycle", "constant")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """What every training needs. A method adds its own switches in a subclass of its file."""
 
     # ---- input: photo -> (3, H, W)
-    task: str = _input("classify", "classify: logits and accuracy; reid: features, mAP and rank-k", ("classify", "reid"))
-    image_size: tuple[int, int] = _input((224, 224), "height,width of the model's input in pixels")
-    resize: tuple[int, int] = _input((0, 0), "height,width to which a photo is resized (aspect not kept) before the crop of image_size; 0,0: image_size")
-    crop: str = _input("random", "training crop: random place in the resized photo; resized: random area and aspect of the photo; none", ("random", "resized", "none"))
-    crop_area: tuple[float, float] = _input((0.08, 1.0), "crop=resized: least and largest share of the photo's area")
-    crop_ratio: tuple[float, float] = _input((0.75, 4 / 3), "crop=resized: least and largest width / height")
-    pad: int = _input(0, "crop=random: border of zeros added on each side first, pixels of the resized photo")
-    interpolation: str = _input("bilinear", "resampling of photos; random draws one of Pillow's filters for each training photo", ("nearest", "bilinear", "bicubic", "random"))
-    normalize: str = _input("imagenet", "imagenet: (x - mean) / std of ImageNet; half: x in [-1, 1]", ("imagenet", "half"))
-    hflip: float = _input(0.5, "probability of a mirror image")
-    rotate: float = _input(0.0, "largest rotation, degrees")
-    translate: float = _input(0.0, "largest shift as a share of the side")
-    zoom: tuple[float, float] = _input((1.0, 1.0), "range of a random zoom about the centre")
-    affine_prob: float = _input(1.0, "probability of the rotation, shift and zoom")
-    brightness: float = _input(0.0, "colour jitter: brightness factor in 1 -+ this")
-    contrast: float = _input(0.0, "colour jitter: contrast factor in 1 -+ this")
-    saturation: float = _input(0.0, "colour jitter: saturation factor in 1 -+ this")
-    hue: float = _input(0.0, "colour jitter: hue shift in -+ this, in turns (at most 0.5)")
-    jitter_prob: float = _input(1.0, "probability of the colour jitter")
-    erasing: float = _input(0.0, "probability of random erasing with noise")
-    boxes: bool = _input(False, "train and test on the object boxes instead of the whole photos")
-    val_fraction: float = _input(0.0, "share of each class cut from train as a validation split (never from test)")
-    train_split: str = _input("trainval", "Aircraft, Flowers, MSMT17: train on trainval or on train alone", ("trainval", "train"))
-    crop_banner: bool = _input(False, "Aircraft: cut the 20-pixel copyright banner (the literature leaves it on)")
-    toy_preset: str = _input("birds", "which toy birds are drawn for --data toy", ("birds", "birds-easy", "birds-small", "birds-pretrain"))
-    toy_train: int = _input(0, "toy: training images a class; 0: the preset's")
-    toy_test: int = _input(0, "toy: test images a class; 0: the preset's")
+    task: str = on_input("classify", "classify: logits and accuracy", ("classify",))
+    image_size: tuple[int, int] = on_input((224, 224), "height,width of the input in pixels", (), 1, 8192)
+    resize: tuple[int, int] = on_input((0, 0), "height,width before the crop; 0,0: image_size", (), 0, 8192)
+    crop: str = on_input("random", "of training photos", ("random", "resized", "none"))
+    crop_area: tuple[float, float] = chance((0.08, 1.0), "crop=resized: share of the area", (), 1e-6)
+    crop_ratio: tuple[float, float] = on_input((0.75, 4 / 3), "crop=resized: width / height", (), 0.01)
+    pad: int = on_input(0, "crop=random: border of zeros on each side, pixels")
+    interpolation: str = on_input("bilinear", "of photos", FILTERS)
+    normalize: str = on_input("imagenet", "half: to [-1, 1]", ("imagenet", "half"))
+    hflip: float = chance(0.5, "probability of a mirror image")
+    rotate: float = on_input(0.0, "largest rotation, degrees")
+    translate: float = chance(0.0, "largest shift as a share of the side")
+    zoom: tuple[float, float] = on_input((1.0, 1.0), "range of a random zoom", (), 0.01)
+    affine_prob: float = chance(1.0, "probability of the rotation, shift and zoom")
+    brightness: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
+    contrast: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
+    saturation: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
+    hue: float = on_input(0.0, "colour jitter: shift in -+ this, in turns", (), 0, 0.5)
+    jitter_prob: float = chance(1.0, "probability of the colour jitter")
+    erasing: float = chance(0.0, "probability of random erasing with noise")
+    boxes: bool = on_input(False, "train and test on the object boxes instead of the whole photos")
+    val_fraction: float = chance(0.0, "share of each class cut from train to validate on")
+    train_split: str = on_input("trainval", "of Aircraft, Flowers, MSMT17", ("trainval", "train"))
+    crop_banner: bool = on_input(False, "Aircraft: cut the copyright banner (the literature does not)")
+    toy_preset: str = on_input("birds", "which toy birds are drawn")
+    toy_train: int = on_input(0, "toy: training images a class; 0: the preset's")
+    toy_test: int = on_input(0, "toy: test images a class; 0: the preset's")
 
     # ---- training
-    batch_size: int = _training(32, "images a step, over all processes")
-    instances: int = _training(0, "reid: images of each identity in a batch (K of a P x K batch); 0: plain shuffling")
-    epochs: int = _training(100, "passes over the training set")
-    iterations: int = _training(0, "length of the run in steps; 0: given by epochs")
-    optimizer: str = _training("sgd", "optimizer", ("sgd", "adam", "adamw", "radam"))
-    lr: float = _training(0.1, "peak learning rate")
-    lr_batch: int = _training(0, "lr is for this batch size and scales linearly with batch_size; 0: lr is used as it is")
-    momentum: float = _training(0.9, "SGD's momentum; Adam's beta 1")
-    eps: float = _training(1e-8, "Adam's epsilon")
-    weight_decay: float = _training(0.0, "weight decay (decoupled in adamw and radam)")
-    schedule: str = _training("cosine", "cosine; steps: times 0.1 at each milestone; onecycle: cosine up to lr and down; constant", ("cosine", "steps", "onecycle", "constant"))
-    milestones: tuple[float, ...] = _training((), "schedule=steps: shares of the run after which lr is multiplied by 0.1")
-    warmup: float = _training(0.0, "linear warm-up, in epochs (in steps where iterations gives the length)")
-    warmup_lr: float = _training(0.0, "learning rate at the start of the warm-up")
-    min_lr: float = _training(0.0, "learning rate at the end of the cosine")
-    label_smoothing: float = _training(0.0, "share of the target spread evenly over the classes")
-    drop_path: float = _training(0.0, "stochastic depth: drop probability of the last block")
-    grad_clip: float = _training(0.0, "largest global norm of the gradient; 0: no clipping")
-    accumulate: int = _training(1, "a batch is computed in this many parts, to save memory")
-    ema: float = _training(0.0, "decay of an exponential moving average of the weights, used for evaluation; 0: none")
-    amp: str = _training("auto", "mixed precision; auto: bf16 on CUDA that has it, else off", ("auto", "bf16", "fp16", "off"))
-    weights: str = _training("none", "none: random; default: the official pretrained weights; FILE: a checkpoint or a run folder")
+    batch_size: int = on_training(32, "images a step, over all processes", (), 1)
+    instances: int = on_training(0, "images of each identity in a batch (K of P x K); 0: plain shuffling")
+    epochs: int = on_training(100, "passes over the training set", (), 1)
+    iterations: int = on_training(0, "length of the run in steps; 0: given by epochs")
+    optimizer: str = on_training("sgd", "optimizer", ("sgd", "adam", "adamw", "radam"))
+    lr: float = on_training(0.1, "peak learning rate")
+    lr_batch: int = on_training(0, "lr is for this batch size and scales linearly with it; 0: lr as it is")
+    momentum: float = share(0.9, "SGD's momentum; Adam's first beta")
+    beta2: float = share(0.999, "Adam's second beta")
+    eps: float = on_training(1e-8, "Adam's epsilon")
+    weight_decay: float = on_training(0.0, "weight decay (decoupled in adamw and radam)")
+    schedule: str = on_training("cosine", "of the learning rate", SCHEDULES)
+    milestones: tuple[float, ...] = share((), "schedule=steps: shares of the run, lr x 0.1 at each")
+    warmup: float = on_training(0.0, "linear warm-up, epochs (steps where iterations gives the length)")
+    warmup_lr: float = on_training(0.0, "learning rate at the start of the warm-up")
+    min_lr: float = on_training(0.0, "learning rate at the end of the cosine")
+    label_smoothing: float = share(0.0, "share of the target spread evenly over the classes")
+    drop_path: float = share(0.0, "stochastic depth: drop probability of the last block")
+    grad_clip: float = on_training(0.0, "largest global norm of the gradient; 0: no clipping")
+    accumulate: int = on_training(1, "a batch is computed in this many parts, to save memory", (), 1)
+    amp: str = on_training("auto", "bf16 on CUDA that has it", ("auto", "bf16", "fp16", "off"))
+    weights: str = on_training("none", "first weights: none, default (official), a FILE or a run folder")
 
     def __post_init__(self):
-        """Values that no run can have are a ValueError before anything is read or written."""
-        for names, least, most in (
-            ("batch_size epochs accumulate", 1, math.inf),
-            ("iterations instances toy_train toy_test pad lr_batch lr weight_decay warmup warmup_lr min_lr grad_clip rotate translate brightness contrast saturation", 0, math.inf),
-            ("hflip affine_prob jitter_prob erasing label_smoothing drop_path ema", 0, 1), ("hue", 0, 0.5), ("val_fraction", 0, 0.9),
-        ):
-            for name in names.split():
-                if not least <= getattr(self, name) <= most:
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; allowed: at least {least}" + (f", at most {most}" if most < math.inf else ""))
-        if min(self.image_size) < 1 or min(self.resize) < 0 or not 0 < self.zoom[0] <= self.zoom[1] or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"--image-size {self.image_size}, --resize {self.resize}, --zoom {self.zoom}, --crop-area {self.crop_area} or --crop-ratio {self.crop_ratio} is out of range; sizes in pixels, areas in (0, 1], smaller value first")
-        if self.instances and self.batch_size % self.instances:
-            raise ValueError(f"--batch-size {self.batch_size} holds no whole groups of --instances {self.instances}; choose a multiple")
+        super().__post_init__()
+        for least, most in (self.crop_area, self.crop_ratio, self.zoom):
+            if least > most:
+                raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range; smaller first")
+        if self.batch_size % max(1, self.instances) or self.batch_size < self.accumulate:
+            raise ValueError(f"--batch-size {self.batch_size}: a multiple of --instances, at least --accumulate")
 
 
 @dataclass(frozen=True)
 class Table:
     """A table of the paper: `rows` of (name, overrides of recipe fields, the paper's value or None).
 
-    The override "eval" is a dict of fields that only the evaluation uses: rows that differ in nothing else are evaluations of one training.
+    Several metrics stand side by side, "mAP rank1", and a row's value is then a tuple. Two overrides are no recipe
+    fields: "eval", a dict of fields that only the evaluation uses (rows that differ in nothing else are evaluations
+    of one training), and "start", the row of this table whose run of the same seed gives the first weights.
     """
 
     title: str
     data: str  # the dataset it is about, a key of the method's RECIPES
-    metric: str  # "top1" (%), "mAP" (%), "params" (M), "macs" (G), ...
-    rows: tuple[tuple[str, dict, float | None], ...]
+    metric: str  # "top1" (%), "mAP rank1" (%), "params" (M), "macs" (G), ...
+    rows: tuple[tuple[str, dict, float | tuple | None], ...]
 
 
 def split_row(overrides):
-    """A row's overrides -> (what it trains with, what its evaluation changes)."""
-    return {k: v for k, v in overrides.items() if k != "eval"}, overrides.get("eval", {})
+    """Overrides -> (what a row trains with, what its evaluation changes, the row it starts from or None)."""
+    training = dict(overrides)
+    return training, training.pop("eval", {}), training.pop("start", None)
 
 
-def parse_tuple(kind, text):
-    """"448" or "448,448" -> tuple of kind; raises ValueError on anything else."""
-    return tuple(kind(v) for v in text.split(",")) if text else ()
+def by_dataset(number, title, metrics, rows):
+    """Rows of (name, overrides, a value for each dataset) -> {"3": Table on the first, "3-msmt17": ..., ...}."""
+    tables = {}
+    for i, (data, metric) in enumerate(metrics.items(), 2):
+        own = tuple((*row[:2], row[i]) for row in rows)
+        tables[number if i == 2 else f"{number}-{data}"] = Table(title, data, metric, own)
+    return tables
 
 
-def add_options(parser, recipe, sweep=False):
-    """One typed flag for each recipe field, its value as the default. With sweep, text fields take several values with commas."""
-    groups, hints = {}, typing.get_type_hints(type(recipe))
-    for f in dataclasses.fields(recipe):
-        name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group({"method": f"{type(recipe).__module__}: the paper's own switches"}.get(group, group))
-        value, choices = getattr(recipe, f.name), f.metadata["choices"]
-        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
-        text = f.metadata["help"].replace("%", "%%") + f" [{shown}]"
-        add = groups[group].add_argument
-        if kind is bool:
-            add(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif typing.get_origin(kind) is tuple:
-            add(name, type=_tuple_of(kind, f.name), default=argparse.SUPPRESS, metavar="A,B", help=text)
-        elif choices:
-            add(name, type=_one_of(choices, sweep), default=argparse.SUPPRESS, metavar="{" + ",".join(map(str, choices)) + "}", help=text)
-        else:
-            add(name, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+def check_build(recipe, kind, num_classes):
+    """`build` wants a recipe of its own file, and at least two classes."""
+    if not isinstance(recipe, kind) or num_classes < 2:
+        wanted = f"a {kind.__module__}.Recipe, like RECIPES['toy'], and at least 2 classes"
+        raise ValueError(f"build wants {wanted}, not {recipe!r:.20} and {num_classes}")
 
 
-def _tuple_of(kind, field_name):
-    of, length = typing.get_args(kind)[0], len(typing.get_args(kind))
-    fixed = typing.get_args(kind)[-1] is not Ellipsis
-
-    def parse(text):
-        values = parse_tuple(of, text)
-        if fixed and len(values) == 1:
-            values *= length
-        if fixed and len(values) != length:
-            raise ValueError(f"{field_name} takes {length} values")
-        return values
-
-    parse.__name__ = f"{length} comma-separated {of.__name__}" if fixed else f"comma-separated {of.__name__}"
-    return parse
+def check_images(images, size=None):
+    """A model looks at normalised images, float (B, 3, H, W), of its own size where that is given."""
+    wanted = (3, *(size or images.shape[-2:]))
+    if images.shape[1:] != wanted or not images.is_floating_point():
+        given = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images are {given}; wanted are normalised floats (B, {str(wanted)[1:]}")
 
 
-def _one_of(choices, sweep):
-    def parse(text):
-        for value in text.split(",") if sweep else (text,):
-            if value not in choices:
-                raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-# ------------------------------------------------------------------------------------------------ learning rate
+# ------------------------------------------------------------------------------------------ learning rate
 
 
 def schedule(recipe, step, steps, warmup=0, peak=1.0):
-    """Learning rate of update `step` (0-based) of `steps`; pure. min_lr and warmup_lr are absolute, warmup is in steps."""
+    """Learning rate of update `step` (0-based) of `steps`; min_lr, warmup_lr are absolute, warmup is in steps."""
     if step < warmup:
         return recipe.warmup_lr + (peak - recipe.warmup_lr) * step / warmup
+
+    def cosine(start, end, t):
+        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
+
     t = min(1.0, (step - warmup) / max(1, steps - warmup))  # 0 .. 1 over the rest of the run
     if recipe.schedule == "cosine":
-        return recipe.min_lr + (peak - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * t))
+        return cosine(peak, recipe.min_lr, t)
     if recipe.schedule == "steps":
         return peak * 0.1 ** sum(step >= round(m * steps) for m in recipe.milestones)
-    if recipe.schedule == "onecycle":  # cosine from peak / 25 up to the peak at half time, then down to peak / 1e5
-        a, b, u = (1 / 25, 1.0, 2 * t) if t < 0.5 else (1.0, 1e-5, 2 * t - 1)
-        return peak * (a + (b - a) * 0.5 * (1 - math.cos(math.pi * u)))
+    if recipe.schedule == "onecycle":  # from peak / 25 up to the peak at half time, then down to peak / 1e5
+        return cosine(peak / 25, peak, 2 * t) if t < 0.5 else cosine(peak, peak / 1e5, 2 * t - 1)
     return peak
 
 
 def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
-    The recipe's lr is scaled by batch_size / lr_batch when lr_batch is set. A group may carry "lr_scale", a factor on the
-    recipe's lr, or "phases", a list of (length in any unit, peak): the schedule runs once in each; peak 0 keeps it frozen.
+    The recipe's lr is scaled by batch_size / lr_batch when lr_batch is set. A group may carry "lr_scale", a factor on
+    the recipe's lr, or "phases", (length in any unit, peak) each: the schedule runs once in each; peak 0 is frozen.
     """
-    group = group or {}
-    base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
-    if "phases" not in group:
+    if not group or "phases" not in group:
+        base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
         warmup = round(recipe.warmup * (1 if recipe.iterations else steps_per_epoch))
-        return schedule(recipe, step, steps, warmup, base) * group.get("lr_scale", 1.0)
-    total, done = sum(length for length, _ in group["phases"]), 0.0
+        return schedule(recipe, step, steps, warmup, base) * (group or {}).get("lr_scale", 1)
+    done, total, end = 0, sum(length for length, _ in group["phases"]), 0
     for length, peak in group["phases"]:
-        begin, done = round(done / total * steps), done + length
-        end = round(done / total * steps)
+        done, begin, end = done + length, end, round((done + length) / total * steps)
         if step < end:
-            break
-    return schedule(recipe, step - begin, max(1, end - begin), 0, peak) if peak else 0.0
+            return peak and schedule(recipe, step - begin, end - begin, 0, peak)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints and weights
-
-FORMAT = 1  # of our checkpoint files
+# ------------------------------------------------------------------------------------------ weights
 
 
-def checksum(value, digest=None):
-    """sha256 over a nested structure of dicts, lists, tuples, tensors and plain values: what a checkpoint holds."""
-    top, digest = digest is None, digest or hashlib.sha256()
+def tensors_in(value):
+    """Every tensor in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"T{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-    elif isinstance(value, dict):
-        digest.update(f"D{len(value)}".encode())
-        for key in value:
-            digest.update(f"K{key!r}".encode())
-            checksum(value[key], digest)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{type(value).__name__}{len(value)}".encode())
-        for item in value:
-            checksum(item, digest)
-    else:
-        digest.update(f"V{value!r}".encode())
-    return digest.hexdigest() if top else None
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(inner)
 
 
 def save_checkpoint(path, state):
-    """Write `state` (tensors and plain values) to `path` with a checksum: temporary file, flush, replace; the old file becomes .prev."""
-    path = Path(path)
-    part = path.with_suffix(".part")
+    """Write nested tensors and plain values whole or not at all: temporary file, flush to disk, replace.
+
+    Raises FloatingPointError when a tensor is not finite, OSError when the disk is full; the old file stays.
+    """
+    if not all(t.isfinite().all() for t in tensors_in(state)):
+        raise FloatingPointError(f"the weights are not finite; {path} keeps the last good ones; try a smaller --lr")
+    part = Path(path).with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"format": FORMAT, "checksum": checksum(state), "state": state}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # a full disk: torch reports it as either
-        part.unlink(missing_ok=True)
-        raise OSError(f"could not save {path}: {error}; the previous checkpoint is untouched; free some space and --resume") from error
-    if path.exists():
-        os.replace(path, path.with_suffix(".prev.pt"))
-    os.replace(part, path)
+        os.replace(part, path)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise OSError(f"could not save {path} ({error}); the old one stays; free some space, --resume") from None
 
 
 def load_checkpoint(path):
-    """Read what save_checkpoint wrote. Raises ValueError for a damaged, foreign or newer file; nothing but tensors and plain values is unpickled."""
+    """What a .pt, .pth or .npz file, or a run folder, holds: tensors and plain values only.
+
+    Raises ValueError when it is damaged or hostile, FileNotFoundError when it is not there.
+    """
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a checkpoint, or the folder of a run that has one")
+    room = 2 * path.stat().st_size + 2**26  # bytes that its content may take
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a zip or pickle error of any kind: torch raises half a dozen
-        raise ValueError(f"{path} is damaged or no checkpoint of ours ({type(error).__name__})") from None
-    if not isinstance(held, dict) or not {"format", "checksum", "state"} <= set(held):
-        raise ValueError(f"{path} is no checkpoint of ours (it has no format, checksum and state)")
-    if held["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {held['format']}, this code reads {FORMAT}: use the version that wrote it")
-    if checksum(held["state"]) != held["checksum"]:
-        raise ValueError(f"{path} is damaged: its checksum does not match")
-    return held["state"]
-
-
-def load_newest(folder):
-    """A run folder's last.pt, or the checkpoint before it when that is damaged or missing -> (state, path, what was wrong or None)."""
-    problem = None
-    for path in (Path(folder) / "last.pt", Path(folder) / "last.prev.pt"):
-        try:
-            return load_checkpoint(path), path, problem
-        except (ValueError, FileNotFoundError) as error:
-            problem = problem or error
-    raise problem
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            if sum(entry.file_size for entry in archive.infolist()) > room or archive.testzip():
+                raise ValueError("a size or a checksum is wrong")
+        if path.suffix == ".npz":
+            held = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+        else:
+            held = torch.load(path, "cpu", weights_only=True)
+        # numpy refuses what is no plain array
+        if sum(t.detach().numpy().nbytes for t in tensors_in(held)) > room:
+            raise ValueError("its tensors are larger than the file")
+        return held
+    except Exception as error:  # zip, pickle and numpy raise a dozen kinds on damaged files
+        reason = f"{type(error).__name__}: {error!s:.80}"
+        raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
 
 
 def fetch(url, sha256=""):
-    """Download `url` once into torch's hub folder and return the path; `sha256` (a prefix is enough) is checked when given."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None, progress=sys.stderr.isatty())
-        except OSError as error:
-            raise FileNotFoundError(f"could not download {url} ({error}); fetch it by hand to {path}, or use --weights none") from None
-        except RuntimeError as error:  # what torch raises for a wrong hash; it keeps no file then
-            raise ValueError(f"{url} is not the published file ({error}); try again, or fetch it by hand to {path}") from None
+    """Download `url` once into torch's hub folder -> the path; `sha256` (a prefix is enough) is checked."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.exists() or torch.hub.download_url_to_file(url, str(path), sha256 or None, sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # no network, or a wrong hash: no file is kept
+        raise ValueError(f"no download of {url} ({error}); fetch it to {path}, or use --weights none") from None
     return path
 
 
-def read_state(source):
-    """Weights of a file as a dict name -> tensor: a run folder, one of our checkpoints, a .pth/.pyth/.pt/.bin of others, or an .npz."""
-    path = Path(source)
-    if list(path.glob("last*.pt")):
-        state = load_newest(path)[0]
-        return state["ema"] or state["model"]
-    if not path.is_file():
-        raise FileNotFoundError(f"--weights {source}: no such file; give none, default, a checkpoint file or a run folder")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"--weights {source}: cannot be read as tensors ({type(error).__name__}); convert it to a plain state_dict") from None
-    if isinstance(held, dict) and {"format", "checksum", "state"} <= set(held):
-        state = load_checkpoint(path)
-        return state["ema"] or state["model"]
-    for key in ("state", "model", "model_state", "state_dict"):  # how DeiT, SlowFast and others wrap theirs
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    if not isinstance(held, dict) or not all(isinstance(v, torch.Tensor) for v in held.values()):
-        raise ValueError(f"--weights {source}: holds no state_dict of tensors")
+def state_in(held, source):
+    """The state_dict in what a file held: a checkpoint of ours, or one that DeiT, SlowFast, timm ... wrapped."""
+    for key in ("model", "model_state", "state_dict"):
+        held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
+    if not isinstance(held, dict) or not all(isinstance(n, str) and torch.is_tensor(held[n]) for n in held):
+        raise ValueError(f"--weights {source}: holds no state_dict of names and tensors")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
 
 
+def read_state(source):
+    """Weights of a run folder, a checkpoint, a .pth/.pyth/.pt/.bin of others, or an .npz -> dict of tensors."""
+    return state_in(load_checkpoint(source), source)
+
+
 def load_state(model, state, heads=(), source="the file"):
-    """Load `state` into `model`. Keys that start with one of `heads` may be missing, surplus or of another shape; anything else is a ValueError."""
+    """Load `state` into `model`. Keys that start with one of `heads` may be missing, surplus, of another shape."""
     own, heads = model.state_dict(), tuple(heads)
-    is_head = lambda key: bool(heads) and key.startswith(heads)
-    state = {k: v for k, v in state.items() if not (is_head(k) and (k not in own or own[k].shape != v.shape))}
-    missing = [k for k in own if k not in state and not is_head(k)]
-    unexpected = [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in state if k in own and own[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: missing {missing[:8]} ({len(missing)}), unexpected {unexpected[:8]} ({len(unexpected)}), other shapes {shapes[:8]} ({len(shapes)})")
-    model.load_state_dict(state, strict=False)
+    fits = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
+    kept = {k: v for k, v in state.items() if k in fits or not k.startswith(heads)}
+    try:
+        missing, surplus = model.load_state_dict(kept, strict=False)
+    except RuntimeError as error:  # torch lists the shapes that differ
+        raise ValueError(f"{source} does not fit: {error!s:.300}") from None
+    missing = [k for k in missing if not k.startswith(heads)]
+    if missing or surplus:
+        words = f"{len(missing)} tensors are missing {missing[:5]}, {len(surplus)} unexpected {surplus[:5]}"
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {words}")
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------ pictures
 
-MEAN_STD = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-COLOURS = ("#ffd400", "#00c2ff", "#ff4fa3", "#7cff4f", "#ff8a1f", "#b48cff")  # in the order of boxes, readable on photos
+MEAN_STD = {  # of pixel values 0 to 255
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+}
+COLOURS = ("#ffd400", "#00c2ff", "#ff4fa3", "#7cff4f", "#ff8a1f", "#b48cff")  # of boxes, in their order
+LINES = ("#0057b8", "#d1495b", "#2a9134", "#8f3fae", "#e08a00", "#00868b", "#6b4f3a", "#555555")  # on white
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc")
 
 
 def normalize(images, how):
     """uint8 (B, 3, H, W) -> float, standardised as the recipe's `normalize` says."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in MEAN_STD[how])
-    return images.float().sub_(mean).div_(std)  # in place: a fresh 100 MB costs more than the arithmetic
+    if images.dtype != torch.uint8:
+        raise ValueError(f"normalize wants uint8 images, 0 to 255, not {images.dtype}; are they normalised already?")
+    return TF.normalize(images.float(), *MEAN_STD[how], inplace=True)  # a fresh copy costs more than the sums
 
 
 def to_pil(image, how):
     """One standardised image (3, H, W) -> PIL image; the inverse of `normalize`."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in MEAN_STD[how])
-    pixels = (image.detach().float().cpu() * std + mean).round().clamp(0, 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in MEAN_STD[how])
+    return TF.to_pil_image((image.detach().float().cpu() * std + mean).round().clamp(0, 255).byte())
+
+
+def cells_to_boxes(cells, grid, size):
+    """Numbers (B, n) of cells of a grid (h, w), row by row -> boxes (B, n, 4), xyxy pixels of an image (H, W)."""
+    (h, w), (H, W) = grid, size
+    x, y = cells % w, cells // w
+    return torch.stack((x, y, x + 1, y + 1), -1) * cells.new_tensor((W / w, H / h) * 2, dtype=torch.float32)
+
+
+@functools.cache
+def font(name, size):
+    """A system font, or None where there is none of this name; name "": Pillow's own."""
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+def write(draw, at, text, size=14, width=9999, **how):
+    """Draw a text in the first font that has its letters, else what ASCII can say of it, at most `width` wide."""
+    for face in filter(None, (font(name, size) for name in (*FONTS, ""))):
+        lacking = bytes(face.getmask("\uffff"))  # the box that stands for a letter the font lacks
+        if text.isascii() or all(bytes(face.getmask(c)) != lacking for c in text):
+            break
+    else:
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    while len(text) > 3 and draw.textlength(text, font=face) > width:
+        text = text[:-4] + "..."
+    draw.text(at, text, font=face, **how)
 
 
 def heat(image, values, strength=0.55, span=None):
-    """Lay a map (h, w) over a PIL image, dark blue (least) to yellow (most); `span` (least, most) puts several maps on one scale."""
+    """Lay a map (h, w) over a PIL image, dark blue (least) to yellow (most); `span`: of several maps."""
     values = values.detach().float().cpu()
-    least, most = (float(v) for v in span or (values.min(), values.max()))
-    values = ((values - least) / max(most - least, 1e-12)).clamp(0, 1)
-    values = F.interpolate(values[None, None], size=image.size[::-1], mode="bilinear", align_corners=False)[0, 0].clamp(0, 1).numpy()
-    stops = np.array([(12, 10, 60), (90, 20, 130), (200, 50, 90), (250, 140, 40), (255, 245, 120)], float)
-    at = values * (len(stops) - 1)
-    low = np.minimum(at.astype(int), len(stops) - 2)
-    colour = stops[low] + (stops[low + 1] - stops[low]) * (at - low)[..., None]
-    return Image.fromarray((np.asarray(image.convert("RGB"), float) * (1 - strength) + colour * strength).astype(np.uint8))
+    least, most = span or (values.min(), values.max())
+    gray = TF.to_pil_image(((values - least) / (most - least + 1e-12)).clamp(0, 1)[None])
+    colour = ImageOps.colorize(gray.resize(image.size, Image.Resampling.BILINEAR), "#0c0a3c", "#fff578", "#c8325a")
+    return Image.blend(image.convert("RGB"), colour, strength)
 
 
 def draw_boxes(image, boxes, labels=(), colours=COLOURS, width=2):
-    """Copy of a PIL image with boxes (n, 4) xyxy in its pixels, each in its colour, with an optional label inside the corner."""
-    image = image.convert("RGB")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(10, image.height // 18))
-    for i, (x1, y1, x2, y2) in enumerate(torch.as_tensor(boxes).tolist()):
-        colour = colours[i % len(colours)]
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
-        if i < len(labels):
-            draw.text((x1 + width + 1, y1 + width), str(labels[i]), fill=colour, font=font, stroke_width=2, stroke_fill="black")
+    """A PIL image with boxes (n, 4) xyxy in its pixels, each in its colour; no label covers another."""
+    image, boxes, y = image.convert("RGB"), torch.as_tensor(boxes).tolist(), 0
+    draw, size = ImageDraw.Draw(image), max(10, image.height // 18)
+    for i, (x1, y1, x2, y2) in enumerate(boxes):
+        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
+        draw.rectangle(corners, None, colours[i % len(colours)], width)
+    order = sorted(range(len(labels)), key=lambda i: boxes[i][1])
+    for below, i in zip(range(len(labels), 0, -1), order):  # from the top down, each on a line of its own
+        y = max(y, min(boxes[i][1] + width, image.height - size * below))
+        how = {"fill": colours[i % len(colours)], "stroke_width": 2, "stroke_fill": "black"}
+        write(draw, (boxes[i][0] + width + 1, y), labels[i], size, **how)
+        y += size
     return image
 
 
-def panels(images, captions, height=224, gap=6):
-    """PIL images side by side at one height, a caption under each -> PIL image."""
-    images = [im.convert("RGB").resize((max(1, round(im.width * height / im.height)), height), Image.Resampling.NEAREST if im.height < height // 2 else Image.Resampling.BICUBIC) for im in images]
-    font, strip = ImageFont.load_default(size=14), 22
-    page = Image.new("RGB", (sum(im.width for im in images) + gap * (len(images) + 1), height + strip + gap), "white")
-    draw, x = ImageDraw.Draw(page), gap
-    for image, caption in zip(images, captions):
-        page.paste(image, (x, gap))
-        while caption and draw.textlength(caption, font=font) > image.width:
-            caption = caption[:-2].rstrip() + "…" if len(caption) > 2 else ""
-        draw.text((x, height + gap + 2), caption, fill="black", font=font)
-        x += image.width + gap
-    return page
-
-
-def stack(pages, gap=4):
-    """PIL images one under the other, left-aligned on white -> PIL image."""
-    page = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages) + gap * (len(pages) - 1)), "white")
-    y = 0
+def stack(pages, gap=4, across=False):
+    """PIL images one under the other, or side by side, on white -> PIL image."""
+    widths, heights = ([p.size[i] + gap for p in pages] for i in (0, 1))
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    page, at = Image.new("RGB", (size[0] - gap, size[1] - gap), "white"), 0
     for p in pages:
-        page.paste(p, (0, y))
-        y += p.height + gap
+        page.paste(p, (at, 0) if across else (0, at))
+        at += p.size[not across] + gap
     return page
 
 
-# ------------------------------------------------------------------------------------------------ counting
+def headed(image, text, colour="black"):
+    """A picture under a strip with a text."""
+    strip = Image.new("RGB", (image.width, 22), "white")
+    write(ImageDraw.Draw(strip), (2, 3), text, 14, image.width - 4, fill=colour)
+    return stack([strip, image], 0)
+
+
+def panels(images, captions, height=224, gap=6):
+    """PIL images side by side at one height, a caption over each -> PIL image."""
+    scaled = []
+    for image, caption in zip(images, captions):
+        how = Image.Resampling.NEAREST if image.height < height // 2 else Image.Resampling.BICUBIC
+        image = image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height), how)
+        scaled.append(headed(image, caption))
+    return stack(scaled, gap, across=True)
+
+
+def plot(title, x_name, y_name, series, size=(460, 320)):
+    """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes stands in its head."""
+    page = Image.new("RGB", size, "white")
+    series = {label: np.array([p for p in points if math.isfinite(p[1])]) for label, points in series.items()}
+    every = np.concatenate([points.reshape(-1, 2) for points in series.values()] or [np.zeros((1, 2))])
+    (x1, y1), (x2, y2) = every.min(0), every.max(0)
+    draw, corner = ImageDraw.Draw(page), np.array((10, size[1] - 10 - 16 * len(series)))
+    head = f"{title}: {y_name} {y1:.4g} to {y2:.4g} over {x_name} {x1:g} to {x2:g}"
+    write(draw, (6, 4), head, 13, size[0], fill="black")
+    draw.rectangle((10, 28, size[0] - 10, corner[1]), outline="#cccccc")
+    scale = (size[0] - 20) / max(x2 - x1, 1e-9), (28 - corner[1]) / max(y2 - y1, 1e-9)
+    for i, (label, points) in enumerate(series.items()):
+        places = (corner + (points - (x1, y1)) * scale).ravel().tolist()
+        draw.line(places, LINES[i % 8], 2)
+        write(draw, (14, corner[1] + 4 + 16 * i), f"{label}: {points[-1][1]:.4g}", 12, fill=LINES[i % 8])
+    return page
+
+
+# ------------------------------------------------------------------------------------------ the plain ViT
 
 
 def count_macs(model, images):
-    """Multiply-accumulates of one forward pass: convolutions, linear layers, attention, and the scaling of squeeze-excitation blocks."""
-    scaled = []
-    hooks = [m.register_forward_hook(lambda m, i, out: scaled.append(out.numel())) for m in model.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is counted as 0 on torch 2.11
+    """Multiply-accumulates of one forward pass: convolutions, linear layers, attention, squeeze-excitation."""
+    scaled, squeezers = [], [m for m in model.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
+    hooks = [m.register_forward_hook(lambda m, i, out: scaled.append(out.numel())) for m in squeezers]
+    # the fused attention kernel is counted as 0 on torch 2.11
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     for hook in hooks:
         hook.remove()
     return counter.get_total_flops() // 2 + sum(scaled)
 
-# ------------------------------------------------------------------------------------------------ the plain ViT and attention rollout
+
+def take(values, index):
+    """Rows of values (B, N, ...) by their numbers (B, n) -> (B, n, ...)."""
+    return values[torch.arange(len(values), device=values.device)[:, None], index]
+
+
+def fuse(logits):
+    """Logits of several classifiers, (B, K) each -> log of the mean of their softmax probabilities (B, K)."""
+    return torch.stack([x.float().log_softmax(1) for x in logits]).logsumexp(0) - math.log(len(logits))
+
 
 DEIT, JAX = "https://dl.fbaipublicfiles.com/deit/", "https://storage.googleapis.com/vit_models/imagenet21k/"
-VITS = {  # name -> (arguments of VisionTransformer, official weights); deit: trained on ImageNet-1k, vit: on ImageNet-21k
-    "deit_tiny": (dict(dim=192, depth=12, heads=3), DEIT + "deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit_small": (dict(dim=384, depth=12, heads=6), DEIT + "deit_small_patch16_224-cd65a155.pth"),
-    "deit_base": (dict(dim=768, depth=12, heads=12), DEIT + "deit_base_patch16_224-b5f2ef4d.pth"),
-    "vit_base": (dict(dim=768, depth=12, heads=12), JAX + "ViT-B_16.npz"),
-    "r50_vit_base": (dict(dim=768, depth=12, heads=12, stem="r50"), JAX + "R50%2BViT-B_16.npz"),
-    "toy_vit": (dict(dim=96, depth=4, heads=4, mlp_ratio=3, patch_size=8, stem="conv"), ""),  # for small pictures, from scratch
-    "toy_vit16": (dict(dim=64, depth=2, heads=4, mlp_ratio=3, patch_size=16, stem="conv"), ""),  # a third of its cost at twice the pixels
+VITS = {  # arguments of VisionTransformer, official weights; deit: of ImageNet-1k, vit: of ImageNet-21k
+    "deit_tiny": (dict(dim=192), DEIT + "deit_tiny_patch16_224-a1311bcf.pth"),
+    "deit_small": (dict(dim=384), DEIT + "deit_small_patch16_224-cd65a155.pth"),
+    "deit_base": (dict(dim=768), DEIT + "deit_base_patch16_224-b5f2ef4d.pth"),
+    "vit_base": (dict(dim=768), JAX + "ViT-B_16.npz"),
+    # for small pictures, from scratch; the second costs a third at twice the pixels
+    "toy_vit": (dict(dim=96, depth=4, heads=4, mlp_ratio=3, patch_size=8, stem="conv"), ""),
+    "toy_vit16": (dict(dim=64, depth=2, heads=4, mlp_ratio=3, patch_size=16, stem="conv"), ""),
 }
 
 
 def vit(name, image_size, num_classes=0, drop_path=0.0):
-    """The VisionTransformer called `name` in VITS; num_classes 0: no head."""
-    if name not in VITS:
-        raise ValueError(f"backbone {name!r} is unknown; allowed: {', '.join(VITS)}")
-    model = VisionTransformer(image_size, num_classes=num_classes, drop_path=drop_path, **VITS[name][0])
-    model.official = VITS[name][1]
+    """The VisionTransformer `name` of VITS; image_size int or (height, width); num_classes 0: no head."""
+    arguments, official = VITS[name]
+    model = VisionTransformer(image_size, num_classes=num_classes, drop_path=drop_path, **arguments)
+    model.official = official
     return model
 
 
 class Attention(nn.Module):
-    """Multi-head attention in two halves, so that a method can put other queries, keys and values between them."""
+    """Multi-head attention in two halves: a method can put other queries, keys and values between them."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -470,14 +529,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The feed-forward network: two linear layers with a GELU between."""
+    """The feed-forward network: two linear layers with an activation between."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, dim_out=None, activation=F.gelu):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.activation = nn.Linear(dim, hidden), activation
+        self.fc2 = nn.Linear(hidden, dim_out or dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -495,57 +555,58 @@ class Block(nn.Module):
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def forward(self, tokens, visit=None):
-        """(B, N, C) -> (B, N, C). `visit(q, k)` is called with the queries and keys (B, h, N, d), cut from the graph: see cls_rollout."""
+        """(B, N, C) -> (B, N, C). `visit(q, k)` gets the queries and keys (B, h, N, d), cut from the graph."""
         q, k, v = self.attn.split(self.norm1(tokens))
         if visit is not None:
             visit(q.detach(), k.detach())
         return self.finish(tokens, F.scaled_dot_product_attention(q, k, v))
 
 
-class PatchEmbed(nn.Module):
-    """Image (B, 3, H, W) -> patch tokens (B, N, C), row by row; an optional convolutional stem comes before the projection."""
+class ConvStem(nn.Sequential):
+    """A 3x3 convolution of stride 2 a halving: small images train far faster from scratch than with patches."""
 
-    def __init__(self, patch_size, dim, stem):
-        super().__init__()
-        if stem == "patch":
-            self.backbone, self.proj = nn.Identity(), nn.Conv2d(3, dim, patch_size, patch_size)
-        elif stem == "r50":
-            self.backbone, self.proj = ResNetStem(), nn.Conv2d(1024, dim, patch_size // 16, patch_size // 16)
-        else:  # one 3x3 convolution of stride 2 per halving: small images train far faster from scratch
-            widths = [3] + [dim >> i for i in reversed(range(int(math.log2(patch_size))))]
-            layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())]
-            self.backbone, self.proj = nn.Sequential(*layers), nn.Conv2d(dim, dim, 1)
-
-    def forward(self, images):
-        return self.proj(self.backbone(images)).flatten(2).transpose(1, 2)  # (B, C, gh, gw) -> (B, N, C)
+    def __init__(self, stride, dim):
+        self.channels, self.stride, layers, inputs = dim, stride, [], 3
+        for i in reversed(range(int(math.log2(stride)))):
+            layers += [nn.Conv2d(inputs, dim >> i, 3, 2, 1, bias=False), nn.BatchNorm2d(dim >> i), nn.ReLU()]
+            inputs = dim >> i
+        super().__init__(*layers)
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al., ICLR 2021) under timm's parameter names. image_size is (height, width); drop_path grows linearly to its value."""
+    """ViT (Dosovitskiy et al., ICLR 2021) under timm's names; drop_path grows linearly with depth.
 
-    def __init__(self, image_size, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, num_classes=0, drop_path=0.0, stem="patch"):
+    image_size int or (height, width); stem: None (patches), "conv", or a module with .channels and .stride.
+    """
+
+    def __init__(self, image_size, patch_size=16, dim=768, depth=12, heads=0, mlp_ratio=4, num_classes=0,
+                 drop_path=0.0, stem=None):
         super().__init__()
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(f"image_size {image_size[0]},{image_size[1]} is not divisible by the patch size {patch_size}; use multiples of {patch_size}")
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.patch_size, self.official = patch_size, ""
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, dim, stem)
+        self.grid = tuple(n // patch_size for n in self.image_size)
+        if any(n % patch_size for n in self.image_size):
+            raise ValueError(f"--image-size {self.image_size}: use multiples of the patch size {patch_size}")
+        stem = ConvStem(patch_size, dim) if stem == "conv" else stem
+        channels, side = (stem.channels, patch_size // stem.stride) if stem else (3, patch_size)
+        embed = {"backbone": stem or nn.Identity(), "proj": nn.Conv2d(channels, dim, side, side)}
+        self.patch_embed = nn.Sequential(OrderedDict(embed))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads or dim // 64, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        for parameter in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
-            nn.init.trunc_normal_(parameter, std=0.02)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.zeros_(m.bias)
+        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for weight in (self.cls_token, self.pos_embed, *(m.weight for m in linears)):
+            nn.init.trunc_normal_(weight, std=0.02)
+        for linear in linears:
+            nn.init.zeros_(linear.bias)
 
     def embed(self, images):
         """(B, 3, H, W) -> tokens (B, 1 + gh * gw, C): class token first, then the patches row by row."""
-        if images.shape[-2:] != (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels for a ViT of {tuple(g * self.patch_size for g in self.grid)}; set image_size")
-        patches = self.patch_embed(images)
+        check_images(images, self.image_size)
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, C, gh, gw) -> (B, N, C)
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
 
     def features(self, images, visit=None):
@@ -560,202 +621,127 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.features(images)[:, 0]))
 
 
-# ---- the ResNet-50 stem of the hybrid R50 + ViT-B/16: stages 3-4-9, weight-standardised convolutions, GroupNorm, TensorFlow's "SAME" padding
-
-
-def same_pad(x, kernel, stride):
-    """Pad as TensorFlow does: output = ceil(input / stride), the odd pixel at the right and bottom."""
-    total = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:]]
-    return F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
-
-
-class StdConv(nn.Conv2d):
-    """Convolution whose kernels have zero mean and unit deviation (population; Google adds 1e-5 to the deviation)."""
-
-    def __init__(self, inputs, outputs, kernel, stride=1):
-        super().__init__(inputs, outputs, kernel, stride, bias=False)
-
-    def forward(self, x):
-        std, mean = torch.std_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        return F.conv2d(same_pad(x, self.kernel_size[0], self.stride[0]), (self.weight - mean) / (std + 1e-5), None, self.stride)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride), 1x1 with GroupNorm; ReLU after the sum."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        mid = outputs // 4
-        for i, (a, b, kernel, s) in enumerate(((inputs, mid, 1, 1), (mid, mid, 3, stride), (mid, outputs, 1, 1)), 1):
-            self.add_module(f"conv{i}", StdConv(a, b, kernel, s))
-            self.add_module(f"norm{i}", nn.GroupNorm(32, b, eps=1e-6))
-        project = inputs != outputs or stride > 1
-        self.downsample = nn.ModuleDict({"conv": StdConv(inputs, outputs, 1, stride), "norm": nn.GroupNorm(32, outputs, eps=1e-6)}) if project else None
-
-    def forward(self, x):
-        shortcut = self.downsample["norm"](self.downsample["conv"](x)) if self.downsample else x
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.conv2(x)))
-        return F.relu(self.norm3(self.conv3(x)) + shortcut)
-
-
-class ResNetStem(nn.Module):
-    """(B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.ModuleDict({"conv": StdConv(3, 64, 7, 2), "norm": nn.GroupNorm(32, 64, eps=1e-6)})
-        stages = [(64, 256, 3, 1), (256, 512, 4, 2), (512, 1024, 9, 2)]
-        self.stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.Sequential(*(Bottleneck(b if u else a, b, 1 if u else s) for u in range(n)))}) for a, b, n, s in stages)
-
-    def forward(self, x):
-        x = F.relu(self.stem["norm"](self.stem["conv"](x)))
-        x = F.max_pool2d(same_pad(x, 3, 2), 3, 2)
-        for stage in self.stages:
-            x = stage["blocks"](x)
-        return x
-
-
-# ---- weights
-
-
 RENAMES = (  # Google's .npz and torchvision's vit_b_16 -> timm's names, in this order
-    (r"^(opt/target/|params/)", ""), (r"^cls$|^class_token$", "cls_token"), (r"^Transformer/posembed_input/pos_embedding$|^encoder\.pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoderblock_(\d+)/|^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1\2."), (r"^Transformer/encoder_norm/|^encoder\.ln\.", "norm."),
-    (r"LayerNorm_0/|ln_1\.", "norm1."), (r"LayerNorm_2/|ln_2\.", "norm2."), (r"MultiHeadDotProductAttention_1/out/|self_attention\.out_proj\.", "attn.proj."),
-    (r"MultiHeadDotProductAttention_1/", "attn."), (r"self_attention\.in_proj_", "attn.qkv."), (r"MlpBlock_3/Dense_0/|mlp\.0\.|mlp\.linear_1\.", "mlp.fc1."),
-    (r"MlpBlock_3/Dense_1/|mlp\.3\.|mlp\.linear_2\.", "mlp.fc2."), (r"^embedding/|^conv_proj\.", "patch_embed.proj."), (r"^heads\.head\.", "head."),
-    (r"^conv_root/", "patch_embed.backbone.stem.conv."), (r"^gn_root/", "patch_embed.backbone.stem.norm."),
-    (r"^block(\d+)/unit0?(\d+)/", lambda m: f"patch_embed.backbone.stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}."),
-    (r"conv_proj/", "downsample.conv."), (r"gn_proj/", "downsample.norm."), (r"(conv\d)/", r"\1."), (r"gn(\d)/", r"norm\1."),
-    (r"/", "."), (r"\.kernel$|\.scale$", ".weight"),
+    (r"^(opt/target/|params/)", ""),
+    (r"^cls$|^class_token$", "cls_token"),
+    (r"^Transformer/posembed_input/pos_embedding$|^encoder\.pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoderblock_(\d+)/|^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1\2."),
+    (r"^Transformer/encoder_norm/|^encoder\.ln\.", "norm."),
+    (r"LayerNorm_0/|ln_1\.", "norm1."),
+    (r"LayerNorm_2/|ln_2\.", "norm2."),
+    (r"MultiHeadDotProductAttention_1/out/|self_attention\.out_proj\.", "attn.proj."),
+    (r"MultiHeadDotProductAttention_1/", "attn."),
+    (r"self_attention\.in_proj_", "attn.qkv."),
+    (r"MlpBlock_3/Dense_0/|mlp\.0\.|mlp\.linear_1\.", "mlp.fc1."),
+    (r"MlpBlock_3/Dense_1/|mlp\.3\.|mlp\.linear_2\.", "mlp.fc2."),
+    (r"^embedding/|^conv_proj\.", "patch_embed.proj."),
+    (r"^heads\.head\.", "head."),
+    (r"/", "."),
+    (r"\.kernel$|\.scale$", ".weight"),
 )
 
 
-def vit_state(state):
-    """Weights of Google's .npz, torchvision, DeiT or timm, or a model of ours around a ViT -> dict under timm's names, heads left out."""
+def vit_state(state, renames=()):
+    """Weights of Google's .npz, torchvision, DeiT, timm, or a model of ours around a ViT -> timm's, no heads."""
     out = {}
     for key, value in state.items():
         name = key
-        for pattern, new in RENAMES:
+        for pattern, new in (*renames, *RENAMES):
             name = re.sub(pattern, new, name)
-        if key.endswith("/kernel"):  # JAX keeps inputs before outputs
-            if value.ndim == 4:
-                value = value.permute(3, 2, 0, 1)  # HWIO -> OIHW
-            elif name.endswith("attn.proj.weight"):
-                value = value.flatten(0, 1).T  # (h, d, C) -> (C, C)
-            else:
-                value = value.flatten(1).T  # (C, h, d) or (C, D) -> outputs first
+        if key.endswith("/kernel") and value.ndim == 4:  # JAX keeps inputs before outputs
+            value = value.permute(3, 2, 0, 1)  # HWIO -> OIHW
+        elif key.endswith("/kernel"):  # projection (h, d, C) -> (C, h * d); else (C, h, d) -> (h * d, C)
+            value = value.flatten(0, -2).T if name.endswith("attn.proj.weight") else value.flatten(1).T
         elif "/" in key and key.endswith(("/bias", "/scale")):
             value = value.flatten()
         out[name] = value
     for name in [n for n in out if ".attn.query." in n]:  # three matrices -> rows q, k, v of one
-        out[name.replace("query", "qkv")] = torch.cat([out.pop(name.replace("query", part)) for part in ("query", "key", "value")])
+        parts = [out.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        out[name.replace("query", "qkv")] = torch.cat(parts)
     prefix = next((n.removesuffix("cls_token") for n in out if n.endswith("cls_token")), "")
     out = {n.removeprefix(prefix): v for n, v in out.items() if n.startswith(prefix)}
     if "dist_token" in out:  # a distilled DeiT: its second token and head are dropped
         out["pos_embed"] = torch.cat([out["pos_embed"][:, :1], out["pos_embed"][:, 2:]], 1)
-    return {n: v for n, v in out.items() if not n.startswith(("head.", "head_dist.", "pre_logits.", "dist_token"))}
+    heads = ("head.", "head_dist.", "pre_logits.", "dist_token")
+    return {n: v for n, v in out.items() if not n.startswith(heads)}
 
 
-def resize_pos_embed(pos_embed, grid, mode):
-    """Position embeddings (1, 1 + g * g, C) of a square grid -> (1, 1 + gh * gw, C): the class token's row is kept, the grid interpolated."""
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    if patches.shape[1] == grid[0] * grid[1]:
-        return pos_embed
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise ValueError(f"position embeddings of {patches.shape[1]} patches are no square grid and cannot be resized to {grid[0]}x{grid[1]}; use the image_size of the weights")
-    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
-    patches = F.interpolate(patches.float(), grid, mode=mode, align_corners=False)
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], 1)
+def resize_pos_embed(pos_embed, grid, mode, old=None):
+    """Position embeddings (1, 1 + gh * gw, C) of a grid `old`, else a square one -> of another grid.
 
-
-def load_vit(model, source):
-    """Load pretrained weights into a VisionTransformer, all but its head, and return the dict that the file held.
-
-    source: "default" (the official file), a URL, a DeiT or timm .pth, Google's .npz, torchvision's vit_b_16, or a run of ours.
-    Anything missing or unexpected beyond heads (and a final norm that was replaced by nn.Identity) is a ValueError that lists it.
+    The class token's row is kept. Raises ValueError when the number of patches is not that of the old grid.
     """
-    path = model.official if source == "default" else source
+    patches = pos_embed[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    old = next((g for g in (old, (side, side)) if g and math.prod(g) == patches.shape[1]), None)
+    if not old:
+        raise ValueError(f"position embeddings of {patches.shape[1]} patches: no known and no square grid")
+    if old == tuple(grid):
+        return pos_embed
+    patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
+    patches = F.interpolate(patches, tuple(grid), mode=mode)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+
+def load_vit(model, source, renames=()):
+    """Load pretrained weights into a VisionTransformer, all but its head -> the state_dict that the file held.
+
+    source: "default" (the official file), a URL, DeiT's or timm's .pth, Google's .npz, torchvision's vit_b_16, a run.
+    Anything missing or unexpected beyond heads (and a final norm replaced by nn.Identity) is a ValueError.
+    """
+    path = model.official if source == "default" else str(source)
     if not path:
-        raise ValueError("--weights default: there are no official weights for this backbone; use none or a file")
-    if str(path).startswith("http"):
-        stamp = re.search(r"-([0-9a-f]{8,})\.", path)  # DeiT and timm publish the sha256 in the file's name, Google none
-        path = fetch(path, stamp[1] if stamp else "")
-    held = read_state(path)
-    state = vit_state(held)
+        raise ValueError("--weights default: this backbone has no official weights; use none or a file")
+    if path.startswith("http"):
+        stamp = re.findall(r"-([0-9a-f]{8,})\.", path)  # DeiT's names end with the sha256, Google's do not
+        path = str(fetch(path, *stamp))
+    held = load_checkpoint(path)
+    weights = state_in(held, path)
+    state = vit_state(weights, renames)
     if "pos_embed" in state:
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid, "bilinear" if str(path).endswith(".npz") else "bicubic")
+        mode = "bilinear" if path.endswith(".npz") else "bicubic"
+        old = tuple(n // model.patch_size for n in held["recipe"]["image_size"]) if "recipe" in held else ()
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid, mode, old)
     if isinstance(model.norm, nn.Identity):
         state = {n: v for n, v in state.items() if not n.startswith("norm.")}
-    load_state(model, state, heads=("head.",), source=path)
-    return held
+    load_state(model, state, ("head.",), path)
+    return weights
 
 
-# ---- attention rollout (Abnar & Zuidema, ACL 2020): how much of each input token reaches each token of a deep layer
+# ------------------------------------------------------------------------------------------ attention rollout
 
 
 @torch.no_grad()
 def attention_weights(q, k, fusion="mean"):
-    """Queries (B, h, n, d) and keys (B, h, N, d) -> softmax weights fused over the heads (mean, max or min), (B, n, N), at least fp32."""
+    """Queries (B, h, n, d), keys (B, h, N, d) -> softmax weights, heads fused (mean, max, min), fp32 (B, n, N)."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
-        return weights.mean(1) if fusion == "mean" else weights.amax(1) if fusion == "max" else weights.amin(1)
-
-
-def attend(q, k, v, memory=None):
-    """F.scaled_dot_product_attention of queries, keys and values (B, h, N, d), and what cls_rollout needs of the layer.
-
-    That is (q, k), cut from the graph; but at inference on a CPU the head-mean weights (B, N, N), written to `memory` when given: summed up
-    while each head's rows are in cache anyway, which is cheaper than computing them twice.
-    """
-    if q.requires_grad or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v), (q.detach(), k.detach())
-    (B, h, N, d), out, full = q.shape, torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
-    mean = torch.empty(B, N, N, dtype=full) if memory is None else memory
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = (t.to(full) for t in (q * d**-0.5, k, v))
-        scratch = q.new_empty(min(N, 256), N)
-        for b, i, head in itertools.product(range(B), range(0, N, 256), range(h)):
-            rows, total = slice(i, i + 256), mean[b, i : i + 256]
-            weights = torch.mm(q[b, head, rows], k[b, head].T, out=scratch[: min(256, N - i)])
-            weights = torch.softmax(weights, -1, out=weights)
-            out[b, head, rows] = weights @ v[b, head]
-            total.add_(weights) if head else total.copy_(weights)
-    return out, mean.div_(h)
+        weights = (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-2, -1)).softmax(-1)
+        return {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[fusion](weights, 1)
 
 
 def rollout(attns):
-    """Eq. 2 of DCAL, literally: attention matrices (..., N, N), first block first -> their product with the residual paths (..., N, N)."""
+    """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): how much of each input token reaches a deep one.
+
+    Attention matrices (..., N, N), first block first -> their product with the residual paths, 0.5 S + 0.5 E, of
+    the same shape; rows are divided by their sums, for heads fused by max or min do not sum to one.
+    """
     total = eye = torch.eye(attns[0].shape[-1], device=attns[0].device, dtype=attns[0].dtype)
     for attn in attns:
-        total = (attn + eye) / (attn + eye).sum(-1, keepdim=True) @ total  # 0.5 S + 0.5 E, as rows of S sum to one (unless heads were fused by max or min)
+        total = (attn + eye) / (attn + eye).sum(-1, keepdim=True) @ total
     return total
 
 
 @torch.no_grad()
 def cls_rollout(layers, fusion="mean"):
-    """The class token's row (B, N) of `rollout`, as vector-matrix products from the deepest layer down: N^2 instead of N^3 a layer.
+    """The class token's row (B, N) of `rollout` from the (q, k) of each layer, first layer first; it sums to 1.
 
-    layers, first block first: a block's head-fused attention (B, N, N), or its (q, k) as Block visits them. From (q, k) the weights are
-    recomputed a slab of rows at a time, so that no N x N matrix is ever kept.
+    Vector-matrix products, deepest layer first: N^2 a layer instead of N^3, and one layer's matrix at a time.
     """
     row = None
-    for layer in reversed(layers):
-        q, k = layer if isinstance(layer, tuple) else (layer, layer)
-        B, N = k.shape[0], k.shape[-2]
-        if row is None:
-            row = torch.ones(B, 1, device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))  # of the deepest layer only the class token's own row counts
-        n, new = row.shape[1], row.new_zeros(B, N)
-        images, rows = (1, 128) if k.device.type == "cpu" else (max(1, 2**27 // (k.shape[1] * N * N)), N)  # a CPU's slab stays in its cache, a GPU's within 0.5 GB
-        for b, i in itertools.product(range(0, B, images), range(0, n, rows)):
-            some, slab = slice(b, b + images), slice(i, min(i + rows, n))
-            weights = attention_weights(q[some, :, slab], k[some], fusion) if isinstance(layer, tuple) else layer[some, slab]
-            share = row[some, slab] / (2 if fusion == "mean" else 1 + weights.sum(-1))  # row of 0.5 S + 0.5 E: the residual half stays, the other is handed down
-            new[some, slab] += share
-            with torch.autocast(k.device.type, enabled=False):
-                new[some] += (share[:, None] @ weights)[:, 0]
-        row = new
+    for q, k in reversed(layers):
+        q = q[:, :, :1] if row is None else q  # of the deepest layer only the class token's own row counts
+        weights = attention_weights(q, k, fusion)  # (B, N, N)
+        share = (1 if row is None else row) / (1 + weights.sum(-1))  # of the rows of (S + E) / their sums
+        row = (share[:, None] @ weights)[:, 0]  # S hands a share down,
+        row[:, : share.shape[1]] += share  # E keeps one
     return row
