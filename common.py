@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import functional as TF
 
 
 def opt(default, help, choices=(), least=0, most=1e6, group="method"):
-    """A field that is a flag too: default, meaning (unit and source), what is allowed, its group in --help."""
+    """A field that is a flag too: default, meaning (unit and source), what is allowed, group in --help."""
     rule = {"help": help, "choices": choices, "least": least, "most": most, "group": group}
     return field(default=default, metadata=rule)
 
@@ -155,18 +155,19 @@ class Recipe(Options):
         super().__post_init__()
         for least, most in (self.crop_area, self.crop_ratio, self.zoom):
             if least > most:
-                raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range; smaller first")
+                raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range")
         if self.batch_size % max(1, self.instances) or self.batch_size < self.accumulate:
-            raise ValueError(f"--batch-size {self.batch_size}: a multiple of --instances, at least --accumulate")
+            size = f"--batch-size {self.batch_size}"
+            raise ValueError(f"{size}: use a multiple of --instances, of at least --accumulate")
 
 
 @dataclass(frozen=True)
 class Table:
     """A table of the paper: `rows` of (name, overrides of recipe fields, the paper's value or None).
 
-    Several metrics stand side by side, "mAP rank1", and a row's value is then a tuple. Two overrides are no recipe
-    fields: "eval", a dict of fields that only the evaluation uses (rows that differ in nothing else are evaluations
-    of one training), and "start", the row of this table whose run of the same seed gives the first weights.
+    Several metrics stand side by side, "mAP rank1", and a row's value is then a tuple. Two overrides are not fields:
+    "eval", a dict of fields that only the evaluation uses (rows that differ in nothing else share one training),
+    and "start", the row of this table whose run of the same seed gives the first weights.
     """
 
     title: str
@@ -182,7 +183,7 @@ def split_row(overrides):
 
 
 def by_dataset(number, title, metrics, rows):
-    """Rows of (name, overrides, a value for each dataset) -> {"3": Table on the first, "3-msmt17": ..., ...}."""
+    """Rows of (name, overrides, a value a dataset) -> {"3": Table on the first one, "3-msmt17": ..., ...}."""
     tables = {}
     for i, (data, metric) in enumerate(metrics.items(), 2):
         own = tuple((*row[:2], row[i]) for row in rows)
@@ -229,8 +230,8 @@ def schedule(recipe, step, steps, warmup=0, peak=1.0):
 def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
-    The recipe's lr is scaled by batch_size / lr_batch when lr_batch is set. A group may carry "lr_scale", a factor on
-    the recipe's lr, or "phases", (length in any unit, peak) each: the schedule runs once in each; peak 0 is frozen.
+    The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may carry "lr_scale", a factor, or
+    "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
     """
     if not group or "phases" not in group:
         base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
@@ -261,7 +262,7 @@ def save_checkpoint(path, state):
     Raises FloatingPointError when a tensor is not finite, OSError when the disk is full; the old file stays.
     """
     if not all(t.isfinite().all() for t in tensors_in(state)):
-        raise FloatingPointError(f"the weights are not finite; {path} keeps the last good ones; try a smaller --lr")
+        raise FloatingPointError(f"the weights are not finite; {path} keeps the last good ones; lower --lr")
     part = Path(path).with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -270,7 +271,7 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(part, path)
     except RuntimeError as error:  # how torch reports a full disk
-        raise OSError(f"could not save {path} ({error}); the old one stays; free some space, --resume") from None
+        raise OSError(f"could not save {path} ({error}); the old one stays; free space, --resume") from None
 
 
 def load_checkpoint(path):
@@ -280,7 +281,7 @@ def load_checkpoint(path):
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a checkpoint, or the folder of a run that has one")
+        raise FileNotFoundError(f"{path}: no such file; give a checkpoint or the folder of a run with one")
     room = 2 * path.stat().st_size + 2**26  # bytes that its content may take
     try:
         if zipfile.is_zipfile(path):
@@ -307,12 +308,12 @@ def fetch(url, sha256=""):
     try:
         path.exists() or torch.hub.download_url_to_file(url, str(path), sha256 or None, sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # no network, or a wrong hash: no file is kept
-        raise ValueError(f"no download of {url} ({error}); fetch it to {path}, or use --weights none") from None
+        raise ValueError(f"no download of {url} ({error}); fetch it to {path}, or --weights none") from None
     return path
 
 
 def state_in(held, source):
-    """The state_dict in what a file held: a checkpoint of ours, or one that DeiT, SlowFast, timm ... wrapped."""
+    """The state_dict in what a file held: a checkpoint of ours, or what DeiT, SlowFast, timm ... wrapped."""
     for key in ("model", "model_state", "state_dict"):
         held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
     if not isinstance(held, dict) or not all(isinstance(n, str) and torch.is_tensor(held[n]) for n in held):
@@ -321,12 +322,12 @@ def state_in(held, source):
 
 
 def read_state(source):
-    """Weights of a run folder, a checkpoint, a .pth/.pyth/.pt/.bin of others, or an .npz -> dict of tensors."""
+    """Weights of a run folder, a checkpoint, a .pth/.pyth/.pt/.bin file or an .npz -> dict of tensors."""
     return state_in(load_checkpoint(source), source)
 
 
 def load_state(model, state, heads=(), source="the file"):
-    """Load `state` into `model`. Keys that start with one of `heads` may be missing, surplus, of another shape."""
+    """Load `state` into `model`. Keys that start with one of `heads` may be missing, surplus, or not fit."""
     own, heads = model.state_dict(), tuple(heads)
     fits = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
     kept = {k: v for k, v in state.items() if k in fits or not k.startswith(heads)}
@@ -354,7 +355,7 @@ FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "NotoSansCJK-Reg
 def normalize(images, how):
     """uint8 (B, 3, H, W) -> float, standardised as the recipe's `normalize` says."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"normalize wants uint8 images, 0 to 255, not {images.dtype}; are they normalised already?")
+        raise ValueError(f"normalize wants uint8 images, not {images.dtype}; are they normalised already?")
     return TF.normalize(images.float(), *MEAN_STD[how], inplace=True)  # a fresh copy costs more than the sums
 
 
@@ -365,7 +366,7 @@ def to_pil(image, how):
 
 
 def cells_to_boxes(cells, grid, size):
-    """Numbers (B, n) of cells of a grid (h, w), row by row -> boxes (B, n, 4), xyxy pixels of an image (H, W)."""
+    """Numbers (B, n) of cells of a grid (h, w), row by row -> boxes (B, n, 4), xyxy pixels of (H, W)."""
     (h, w), (H, W) = grid, size
     x, y = cells % w, cells // w
     return torch.stack((x, y, x + 1, y + 1), -1) * cells.new_tensor((W / w, H / h) * 2, dtype=torch.float32)
@@ -381,7 +382,7 @@ def font(name, size):
 
 
 def write(draw, at, text, size=14, width=9999, **how):
-    """Draw a text in the first font that has its letters, else what ASCII can say of it, at most `width` wide."""
+    """Draw a text in the first font that has its letters, else what ASCII can say of it, cut to `width`."""
     for face in filter(None, (font(name, size) for name in (*FONTS, ""))):
         lacking = bytes(face.getmask("\uffff"))  # the box that stands for a letter the font lacks
         if text.isascii() or all(bytes(face.getmask(c)) != lacking for c in text):
@@ -398,7 +399,8 @@ def heat(image, values, strength=0.55, span=None):
     values = values.detach().float().cpu()
     least, most = span or (values.min(), values.max())
     gray = TF.to_pil_image(((values - least) / (most - least + 1e-12)).clamp(0, 1)[None])
-    colour = ImageOps.colorize(gray.resize(image.size, Image.Resampling.BILINEAR), "#0c0a3c", "#fff578", "#c8325a")
+    gray = gray.resize(image.size, Image.Resampling.BILINEAR)
+    colour = ImageOps.colorize(gray, "#0c0a3c", "#fff578", "#c8325a")
     return Image.blend(image.convert("RGB"), colour, strength)
 
 
@@ -447,7 +449,7 @@ def panels(images, captions, height=224, gap=6):
 
 
 def plot(title, x_name, y_name, series, size=(460, 320)):
-    """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes stands in its head."""
+    """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes is in its head."""
     page = Image.new("RGB", size, "white")
     series = {label: np.array([p for p in points if math.isfinite(p[1])]) for label, points in series.items()}
     every = np.concatenate([points.reshape(-1, 2) for points in series.values()] or [np.zeros((1, 2))])
@@ -468,7 +470,7 @@ def plot(title, x_name, y_name, series, size=(460, 320)):
 
 
 def count_macs(model, images):
-    """Multiply-accumulates of one forward pass: convolutions, linear layers, attention, squeeze-excitation."""
+    """Multiply-accumulates of a forward pass: convolutions, linear layers, attention, squeeze-excitation."""
     scaled, squeezers = [], [m for m in model.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
     hooks = [m.register_forward_hook(lambda m, i, out: scaled.append(out.numel())) for m in squeezers]
     # the fused attention kernel is counted as 0 on torch 2.11
@@ -555,7 +557,7 @@ class Block(nn.Module):
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def forward(self, tokens, visit=None):
-        """(B, N, C) -> (B, N, C). `visit(q, k)` gets the queries and keys (B, h, N, d), cut from the graph."""
+        """(B, N, C) -> (B, N, C). `visit(q, k)` gets queries and keys (B, h, N, d), cut from the graph."""
         q, k, v = self.attn.split(self.norm1(tokens))
         if visit is not None:
             visit(q.detach(), k.detach())
@@ -563,7 +565,7 @@ class Block(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """A 3x3 convolution of stride 2 a halving: small images train far faster from scratch than with patches."""
+    """A 3x3 convolution of stride 2 a halving: small images train far faster from scratch so."""
 
     def __init__(self, stride, dim):
         self.channels, self.stride, layers, inputs = dim, stride, [], 3
@@ -642,7 +644,7 @@ RENAMES = (  # Google's .npz and torchvision's vit_b_16 -> timm's names, in this
 
 
 def vit_state(state, renames=()):
-    """Weights of Google's .npz, torchvision, DeiT, timm, or a model of ours around a ViT -> timm's, no heads."""
+    """Weights of Google's .npz, torchvision, DeiT, timm or a model around a ViT -> timm's names, no heads."""
     out = {}
     for key, value in state.items():
         name = key
@@ -684,9 +686,9 @@ def resize_pos_embed(pos_embed, grid, mode, old=None):
 
 
 def load_vit(model, source, renames=()):
-    """Load pretrained weights into a VisionTransformer, all but its head -> the state_dict that the file held.
+    """Load pretrained weights into a VisionTransformer, all but its head -> the state_dict in the file.
 
-    source: "default" (the official file), a URL, DeiT's or timm's .pth, Google's .npz, torchvision's vit_b_16, a run.
+    source: "default" (the official file), a URL, DeiT's or timm's .pth, Google's .npz, torchvision's, a run.
     Anything missing or unexpected beyond heads (and a final norm replaced by nn.Identity) is a ValueError.
     """
     path = model.official if source == "default" else str(source)
@@ -713,17 +715,17 @@ def load_vit(model, source, renames=()):
 
 @torch.no_grad()
 def attention_weights(q, k, fusion="mean"):
-    """Queries (B, h, n, d), keys (B, h, N, d) -> softmax weights, heads fused (mean, max, min), fp32 (B, n, N)."""
+    """Queries (B, h, n, d), keys (B, h, N, d) -> softmax weights, heads fused, fp32 (B, n, N)."""
     with torch.autocast(q.device.type, enabled=False):
         weights = (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-2, -1)).softmax(-1)
         return {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[fusion](weights, 1)
 
 
 def rollout(attns):
-    """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): how much of each input token reaches a deep one.
+    """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): what of an input token reaches a deep one.
 
-    Attention matrices (..., N, N), first block first -> their product with the residual paths, 0.5 S + 0.5 E, of
-    the same shape; rows are divided by their sums, for heads fused by max or min do not sum to one.
+    Attention matrices (..., N, N), first block first -> their product with the residual paths, 0.5 S + 0.5 E,
+    (..., N, N); rows are divided by their sums, for heads fused by max or min do not sum to one.
     """
     total = eye = torch.eye(attns[0].shape[-1], device=attns[0].device, dtype=attns[0].dtype)
     for attn in attns:
@@ -733,7 +735,7 @@ def rollout(attns):
 
 @torch.no_grad()
 def cls_rollout(layers, fusion="mean"):
-    """The class token's row (B, N) of `rollout` from the (q, k) of each layer, first layer first; it sums to 1.
+    """The class token's row (B, N) of `rollout`, from the (q, k) of each layer, first layer first; sums to 1.
 
     Vector-matrix products, deepest layer first: N^2 a layer instead of N^3, and one layer's matrix at a time.
     """
