@@ -165,9 +165,9 @@ class Recipe(Options):
 class Table:
     """A table of the paper: `rows` of (name, overrides of recipe fields, the paper's value or None).
 
-    Several metrics stand side by side, "mAP rank1", and a row's value is then a tuple. Two overrides are not fields:
-    "eval", a dict of fields that only the evaluation uses (rows that differ in nothing else share one training),
-    and "start", the row of this table whose run of the same seed gives the first weights.
+    Several metrics stand side by side, "mAP rank1"; a row's value is then a tuple. Two keys are no fields:
+    "eval", a dict of fields that only the evaluation uses (rows that differ in nothing else are evaluations
+    of one training), and "start", the row of this table whose run of the same seed gives the first weights.
     """
 
     title: str
@@ -210,7 +210,7 @@ def check_images(images, size=None):
 
 
 def schedule(recipe, step, steps, warmup=0, peak=1.0):
-    """Learning rate of update `step` (0-based) of `steps`; min_lr, warmup_lr are absolute, warmup is in steps."""
+    """Learning rate of update `step` (0-based) of `steps`; min_lr, warmup_lr absolute, warmup in steps."""
     if step < warmup:
         return recipe.warmup_lr + (peak - recipe.warmup_lr) * step / warmup
 
@@ -230,8 +230,8 @@ def schedule(recipe, step, steps, warmup=0, peak=1.0):
 def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
-    The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may carry "lr_scale", a factor, or
-    "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
+    The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may have "lr_scale", a factor,
+    or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
     """
     if not group or "phases" not in group:
         base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
@@ -451,8 +451,9 @@ def panels(images, captions, height=224, gap=6):
 def plot(title, x_name, y_name, series, size=(460, 320)):
     """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes is in its head."""
     page = Image.new("RGB", size, "white")
-    series = {label: np.array([p for p in points if math.isfinite(p[1])]) for label, points in series.items()}
-    every = np.concatenate([points.reshape(-1, 2) for points in series.values()] or [np.zeros((1, 2))])
+    series = {label: [p for p in points if math.isfinite(p[1])] for label, points in series.items()}
+    series = {label: np.array(points) for label, points in series.items() if points}
+    every = np.concatenate(list(series.values()) or [np.zeros((1, 2))])
     (x1, y1), (x2, y2) = every.min(0), every.max(0)
     draw, corner = ImageDraw.Draw(page), np.array((10, size[1] - 10 - 16 * len(series)))
     head = f"{title}: {y_name} {y1:.4g} to {y2:.4g} over {x_name} {x1:g} to {x2:g}"
@@ -722,7 +723,7 @@ def attention_weights(q, k, fusion="mean"):
 
 
 def rollout(attns):
-    """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): what of an input token reaches a deep one.
+    """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): what of each input reaches a deep token.
 
     Attention matrices (..., N, N), first block first -> their product with the residual paths, 0.5 S + 0.5 E,
     (..., N, N); rows are divided by their sums, for heads fused by max or min do not sum to one.
@@ -744,6 +745,7 @@ def cls_rollout(layers, fusion="mean"):
         q = q[:, :, :1] if row is None else q  # of the deepest layer only the class token's own row counts
         weights = attention_weights(q, k, fusion)  # (B, N, N)
         share = (1 if row is None else row) / (1 + weights.sum(-1))  # of the rows of (S + E) / their sums
-        row = (share[:, None] @ weights)[:, 0]  # S hands a share down,
+        with torch.autocast(q.device.type, enabled=False):
+            row = (share[:, None] @ weights)[:, 0]  # S hands a share down,
         row[:, : share.shape[1]] += share  # E keeps one
     return row
