@@ -59,8 +59,7 @@ def add_options(parser, options, shown=lambda f: True):
     for f in dataclasses.fields(options):
         kind, value, group = hints[f.name], getattr(options, f.name), f.metadata["group"]
         if group not in groups:
-            title = f"{type(options).__module__}: the paper's own switches" if group == "method" else group
-            groups[group] = parser.add_argument_group(title)
+            groups[group] = parser.add_argument_group(group)
         default = ",".join(map(str, value)) if isinstance(value, tuple) else value
         text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
         how = {"default": argparse.SUPPRESS, "help": text if shown(f) else argparse.SUPPRESS}
@@ -100,18 +99,18 @@ class Recipe(Options):
 
     # ---- input: photo -> (3, H, W)
     task: str = on_input("classify", "classify: logits and accuracy", ("classify",))
-    image_size: tuple[int, int] = on_input((224, 224), "height,width of the input in pixels", (), 1, 8192)
-    resize: tuple[int, int] = on_input((0, 0), "height,width before the crop; 0,0: image_size", (), 0, 8192)
+    image_size: tuple[int, int] = on_input((224, 224), "height,width of the input in pixels", (), 1)
+    resize: tuple[int, int] = on_input((0, 0), "height,width before the crop; 0,0: image_size")
     crop: str = on_input("random", "of training photos", ("random", "resized", "none"))
-    crop_area: tuple[float, float] = chance((0.08, 1.0), "crop=resized: share of the area", (), 1e-6)
-    crop_ratio: tuple[float, float] = on_input((0.75, 4 / 3), "crop=resized: width / height", (), 0.01)
+    crop_area: tuple[float, float] = chance((0.08, 1.0), "crop=resized: share of the area")
+    crop_ratio: tuple[float, float] = on_input((0.75, 4 / 3), "crop=resized: width / height")
     pad: int = on_input(0, "crop=random: border of zeros on each side, pixels")
     interpolation: str = on_input("bilinear", "of photos", FILTERS)
     normalize: str = on_input("imagenet", "half: to [-1, 1]", ("imagenet", "half"))
     hflip: float = chance(0.5, "probability of a mirror image")
     rotate: float = on_input(0.0, "largest rotation, degrees")
     translate: float = chance(0.0, "largest shift as a share of the side")
-    zoom: tuple[float, float] = on_input((1.0, 1.0), "range of a random zoom", (), 0.01)
+    zoom: tuple[float, float] = on_input((1.0, 1.0), "range of a random zoom")
     affine_prob: float = chance(1.0, "probability of the rotation, shift and zoom")
     brightness: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
     contrast: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
@@ -154,7 +153,7 @@ class Recipe(Options):
     def __post_init__(self):
         super().__post_init__()
         for least, most in (self.crop_area, self.crop_ratio, self.zoom):
-            if least > most:
+            if not 0 < least <= most:
                 raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range")
         if self.batch_size % max(1, self.instances) or self.batch_size < self.accumulate:
             size = f"--batch-size {self.batch_size}"
@@ -230,8 +229,8 @@ def schedule(recipe, step, steps, warmup=0, peak=1.0):
 def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
-    The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may have "lr_scale", a factor,
-    or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
+    The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may have "lr_scale", a factor
+    of it, or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
     """
     if not group or "phases" not in group:
         base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
@@ -295,7 +294,7 @@ def load_checkpoint(path):
         # numpy refuses what is no plain array
         if sum(t.detach().numpy().nbytes for t in tensors_in(held)) > room:
             raise ValueError("its tensors are larger than the file")
-        return held
+        return dict(held)
     except Exception as error:  # zip, pickle and numpy raise a dozen kinds on damaged files
         reason = f"{type(error).__name__}: {error!s:.80}"
         raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
@@ -315,8 +314,8 @@ def fetch(url, sha256=""):
 def state_in(held, source):
     """The state_dict in what a file held: a checkpoint of ours, or what DeiT, SlowFast, timm ... wrapped."""
     for key in ("model", "model_state", "state_dict"):
-        held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
-    if not isinstance(held, dict) or not all(isinstance(n, str) and torch.is_tensor(held[n]) for n in held):
+        held = held[key] if key in held and isinstance(held[key], dict) else held
+    if not all(isinstance(name, str) and torch.is_tensor(held[name]) for name in held):
         raise ValueError(f"--weights {source}: holds no state_dict of names and tensors")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
 
@@ -440,30 +439,25 @@ def headed(image, text, colour="black"):
 
 def panels(images, captions, height=224, gap=6):
     """PIL images side by side at one height, a caption over each -> PIL image."""
-    scaled = []
+    pages = []
     for image, caption in zip(images, captions):
-        how = Image.Resampling.NEAREST if image.height < height // 2 else Image.Resampling.BICUBIC
-        image = image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height), how)
-        scaled.append(headed(image, caption))
-    return stack(scaled, gap, across=True)
+        image = image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height))
+        pages.append(headed(image, caption))
+    return stack(pages, gap, across=True)
 
 
 def plot(title, x_name, y_name, series, size=(460, 320)):
     """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes is in its head."""
-    page = Image.new("RGB", size, "white")
-    series = {label: [p for p in points if math.isfinite(p[1])] for label, points in series.items()}
-    series = {label: np.array(points) for label, points in series.items() if points}
-    every = np.concatenate(list(series.values()) or [np.zeros((1, 2))])
-    (x1, y1), (x2, y2) = every.min(0), every.max(0)
-    draw, corner = ImageDraw.Draw(page), np.array((10, size[1] - 10 - 16 * len(series)))
+    page, foot = Image.new("RGB", size, "white"), size[1] - 8 - 16 * len(series)
+    draw, points = ImageDraw.Draw(page), [point for own in series.values() for point in own]
+    (x1, x2), (y1, y2) = ((min(values), max(values)) for values in zip(*points or [(0, 0)]))
     head = f"{title}: {y_name} {y1:.4g} to {y2:.4g} over {x_name} {x1:g} to {x2:g}"
     write(draw, (6, 4), head, 13, size[0], fill="black")
-    draw.rectangle((10, 28, size[0] - 10, corner[1]), outline="#cccccc")
-    scale = (size[0] - 20) / max(x2 - x1, 1e-9), (28 - corner[1]) / max(y2 - y1, 1e-9)
-    for i, (label, points) in enumerate(series.items()):
-        places = (corner + (points - (x1, y1)) * scale).ravel().tolist()
-        draw.line(places, LINES[i % 8], 2)
-        write(draw, (14, corner[1] + 4 + 16 * i), f"{label}: {points[-1][1]:.4g}", 12, fill=LINES[i % 8])
+    for i, (label, own) in enumerate(series.items()):
+        x, y = np.array(own).reshape(-1, 2).T
+        across, up = np.interp(x, (x1, x2), (10, size[0] - 10)), np.interp(y, (y1, y2), (foot - 4, 28))
+        draw.line(list(zip(across, up)), LINES[i % 8], 2)
+        write(draw, (14, foot + 16 * i), label, 12, fill=LINES[i % 8])
     return page
 
 
@@ -740,12 +734,11 @@ def cls_rollout(layers, fusion="mean"):
 
     Vector-matrix products, deepest layer first: N^2 a layer instead of N^3, and one layer's matrix at a time.
     """
-    row = None
+    q = layers[-1][0]
+    row = F.one_hot(q.new_zeros(len(q)).long(), q.shape[2])
     for q, k in reversed(layers):
-        q = q[:, :, :1] if row is None else q  # of the deepest layer only the class token's own row counts
         weights = attention_weights(q, k, fusion)  # (B, N, N)
-        share = (1 if row is None else row) / (1 + weights.sum(-1))  # of the rows of (S + E) / their sums
+        share = row / (1 + weights.sum(-1))  # of the rows of (S + E) / sum: E keeps it, S hands it down
         with torch.autocast(q.device.type, enabled=False):
-            row = (share[:, None] @ weights)[:, 0]  # S hands a share down,
-        row[:, : share.shape[1]] += share  # E keeps one
+            row = share + (share[:, None] @ weights)[:, 0]
     return row
