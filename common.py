@@ -230,7 +230,7 @@ def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
     The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may have "lr_scale", a factor
-    of it, or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps the group frozen.
+    of it, or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps it frozen.
     """
     if not group or "phases" not in group:
         base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
