@@ -62,7 +62,7 @@ It still points the right way: with b at the mean reward of the drawn cells, the
 logit is its share of the draws times (its reward - b), so cells better than the mean rise and the others fall
 (tested). Another b adds its error times E score.
 Under Adam lambda_f hardly matters (only beside coupled weight decay and epsilon), as the location module
-learns from the policy terms alone and Adam divides the scale of a gradient away (tested).
+learns from the policy terms alone and Adam divides the scale of a gradient away.
 Several processes, or parts of a batch, equal one only with BagNet-77, select="topk" and dropout=0: BatchNorm
 sees its own part, and each part draws its own cells and dropout. b of Eq. 2 is that of the whole batch.
 
@@ -557,7 +557,7 @@ class TNet(nn.Module):
     def learning_rule(self, views, logits, targets):
         """Eq. 3 as a loss to minimise (the paper has the gradient of what is maximised) -> loss, terms."""
         r = self.recipe
-        A = sum(accumulate(self.locations[: r.level_cap - 1], mul))  # |l|, the attended locations of these levels
+        A = sum(accumulate(self.locations[: r.level_cap - 1], mul))  # |l|, locations on these levels
         each = self.classifier(views.vectors[:, : 1 + A])  # (B, 1 + A, K): each view alone, the context first
         cross_entropy = partial(F.cross_entropy, label_smoothing=r.label_smoothing)
         ce = cross_entropy(logits.float(), targets)
