@@ -1,44 +1,48 @@
-"""Datasets: official files on disk -> lists of paths, labels, boxes, parts; photos -> uint8 tensors; and toy birds that need no files.
+"""What is known about images: datasets, how a photo becomes an input, toy birds, how answers are scored.
 
-Order: splits -> photos to tensors -> batches -> folders and ImageNet -> the papers' datasets -> re-identification -> toy birds.
-`python data.py [FILE]` draws a contact sheet of the toy birds.
+Order: splits -> photo to input -> batches -> loading a dataset -> official sets -> toy birds -> scores.
 
-Every random choice is a function of its key: a training photo of (seed, epoch, index), an epoch's order of (seed, epoch), a bird of
-(preset, split, index), a validation cut of the file names. So runs resume exactly, with any number of workers or processes.
+One door: a Split lists photos and the truth about them, Photos makes inputs of them, and `score` compares a
+model's answers with the truth. A view is one box of a photo: it cuts the pixels, and it carries boxes from
+the photo to the input and back.
+
+Every random choice is a function of its key: a training photo of (seed, epoch, index), an epoch's order of
+(seed, epoch), a bird of (preset, split, index), a validation cut of the file names. So runs resume exactly,
+with any number of workers or processes.
 """
 import colorsys
+import contextlib
 import csv
 import dataclasses
 import functools
-import gzip
+import glob
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-import shutil
 import struct
-import sys
 import tarfile
-import urllib.request
 import warnings
 import zlib
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 from torchvision.datasets import Flowers102
 from torchvision.models import ResNet50_Weights
+from torchvision.transforms import RandomErasing
 from torchvision.transforms.v2 import functional as TF
 
-Image.MAX_IMAGE_PIXELS = 2**29  # fMoW has photos past Pillow's default limit of 89 million pixels
+Image.MAX_IMAGE_PIXELS = None  # `header` has our own limit, and fMoW's photos pass Pillow's
 
-# ------------------------------------------------------------------------------------------------ splits
+# ------------------------------------------------------------------------------------------- splits
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Split:
     """
 
     paths: list  # str of a file; for the toy "birds/train/17"
-    labels: list  # int class (re-identification: identity) per image
+    labels: list | None  # int class (re-identification: identity) per image; None: photos to predict
     boxes: np.ndarray | None = None  # (n, 4) float32 object boxes
     parts: np.ndarray | None = None  # (n, P, 4) float32 part boxes; a part that is not visible is nan
     part_names: tuple = ()  # P names
@@ -59,17 +63,18 @@ class Split:
     images: list | None = None  # toy: the drawn images (H, W, 3) uint8; else photos are opened from paths
     banner: int = 0  # pixels to cut off the bottom of each photo (Aircraft's copyright line)
     context: bool = False  # recipe.boxes: crop the boxes with fMoW's margin around them
-    upright: bool = False  # turn photos as their EXIF orientation says: own photos yes, the benchmarks no (as the papers' code; their boxes are of the pixels as stored)
+    upright: bool = False  # turn photos as their EXIF says: own photos yes, benchmarks no (as the authors)
+    swap: object = None  # toy: swap(split, part, indices) -> those birds with that part swapped
 
     def __len__(self):
         return len(self.paths)
 
     def take(self, indices):
         """The images of `indices`, in that order, as a new Split."""
-        def pick(value):
-            return value[indices] if isinstance(value, np.ndarray) else [value[i] for i in indices] if isinstance(value, list) else value
-
-        return Split(**{f.name: pick(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        lists = {name: value for name, value in vars(self).items() if isinstance(value, (list, np.ndarray))}
+        for name, value in lists.items():
+            lists[name] = [value[i] for i in indices] if isinstance(value, list) else value[indices]
+        return dataclasses.replace(self, **lists)
 
 
 @dataclass
@@ -83,152 +88,128 @@ class Splits:
     note: str = ""  # printed before training: counts and version
 
 
-def load(name, root, recipe):
-    """Dataset `name` from the folder `root` -> Splits; recipe.val_fraction cuts the validation split out of train.
+# ------------------------------------------------------------------------------------------- photo to input
 
-    Raises ValueError or FileNotFoundError that says what was given, what is allowed and what to do next.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"--data {name}: no such dataset; choose one of {', '.join(DATASETS)}; for own photos use --data folder")
-    test_view((1, 1), recipe)  # refuses sizes that do not fit
-    if name != "toy":
-        if root is None:
-            raise ValueError(f"--data {name} needs a folder; add --root DIR (the unpacked dataset), or try --data toy, which needs none")
-        if not Path(root).exists():
-            raise FileNotFoundError(f"--root {root}: no such folder; give the folder that holds the unpacked {name} dataset")
-        if not Path(root).is_dir():
-            raise ValueError(f"--root {root}: is a file; give the folder that holds the unpacked {name} dataset")
-        root = Path(root)
-    splits = DATASETS[name](root, recipe)
-    if name in PUBLISHED:
-        check(name, splits, recipe)
-    notes = [splits.note] if splits.note else []
-    if splits.test is None:  # own photos without a test folder
-        if not recipe.val_fraction:
-            raise ValueError(f"--root {root}: no test or val folder; put the photos into DIR/train/CLASS/ and DIR/test/CLASS/, or add --val-fraction 0.2 to test on a fifth of them")
-        splits.train, splits.test = cut(splits.train, recipe.val_fraction)
-        notes.append("the test images were cut from train")
-    elif recipe.val_fraction:
-        if splits.val is not None or splits.test.query is not None:
-            raise ValueError(f"--val-fraction {recipe.val_fraction}: {name} has its own validation or query images; leave --val-fraction out")
-        splits.train, splits.val = cut(splits.train, recipe.val_fraction)
-    val, kind = f" {len(splits.val):,} val," if splits.val else "", "classes" if splits.test.query is None else "training identities"
-    splits.note = "; ".join([f"{len(splits.train):,} train,{val} {len(splits.test):,} test images of {len(splits.classes)} {kind}"] + notes)
-    return splits
-
-
-def cut(split, fraction):
-    """Cut `fraction` of each class -> (rest, cut). By the hashes of the file names: the same on every machine, and stable when files are added."""
-    of_class = {}
-    for i, label in enumerate(split.labels):
-        of_class.setdefault(label, []).append(i)
-    held = set()
-    for members in of_class.values():
-        members.sort(key=lambda i: hashlib.sha256(os.path.basename(split.paths[i]).encode()).digest())
-        held.update(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])  # at least one on each side; a single image stays
-    return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
-
-
-# ------------------------------------------------------------------------------------------------ photos to tensors
-
-FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-NOISE = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3)}  # mean, std of the normalised space
 ORDER, ITEM = 1, 2  # first word of a random stream: what it is for
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic")}
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no others: EPS would start Ghostscript
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> the Image.Transpose that undoes it
+QUARTERS = (2, 4, 5, 6)  # of these, the ones in which width and height change places
 
 
-def open_photo(path, draft=None, upright=True):
-    """Photo of any kind -> PIL RGB: gray, CMYK, palette, 16 bit, transparency over white, whatever the file's extension says.
-
-    draft (width, height): a JPEG may be decoded at 1/2, 1/4 or 1/8, as long as both sides stay at least this long.
-    upright turns the photo as its EXIF orientation says. Raises ValueError naming a file that cannot be read.
-    """
-    image, _ = _try(path, _header, upright)
-    return _try(path, _decode, image, draft, upright)
+def photos_in(folder):
+    """Sorted paths of the photos in a folder and its subfolders, without hidden files and folders."""
+    found = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+    return sorted(path for path in found if path.lower().endswith(EXTENSIONS))
 
 
-def _try(path, action, *args):
+def list_photos(paths):
+    """Paths of photos and of folders of photos -> paths of photos."""
+    found = []
+    for path in map(str, paths):
+        inside = photos_in(path) if os.path.isdir(path) else [path]
+        if not inside or not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such photo, or no photos in it: {' '.join(EXTENSIONS)}")
+        found += inside
+    return found
+
+
+@contextlib.contextmanager
+def named(path):
+    """Whatever goes wrong inside with a photo becomes one message that names it."""
     try:
-        return action(path, *args)
+        yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such photo; the dataset is incomplete: unpack it again") from None
+        raise FileNotFoundError(f"{path}: no such photo; unpack the dataset again") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        raise ValueError(f"{path}: cannot be read as a photo ({str(error) or type(error).__name__}); replace or remove the file") from None
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a photo ({why}); replace or remove the file") from None
 
 
-def _orientation(image, upright):
-    """EXIF orientation 1 (as stored) to 8; 5 to 8 are quarter turns, where width and height change places."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) if upright else 1
-    except Exception:  # a damaged EXIF block says nothing about the photo
-        return 1
+def header(path, upright):
+    """Open a photo without decoding it -> (PIL image, how to turn it, its size (h, w) once turned)."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("not a regular file")
+    image, turn = Image.open(path, formats=FORMATS), None
+    w, h = image.size
+    if w * h > 2**28 or max(w, h) > 2**16:
+        raise ValueError(f"{w} x {h} pixels are too many")
+    if upright and "exif" in image.info:  # not in a TIFF, which Pillow turns itself
+        with contextlib.suppress(Exception):  # a damaged block says nothing about the photo
+            turn = TURNS.get(image.getexif().get(0x0112))
+    return image, turn, (w, h) if turn in QUARTERS else (h, w)
 
 
-def _header(path, upright):
-    """Open without decoding -> PIL image and its size (h, w) as it will be once decoded."""
-    image = Image.open(path)
-    return image, image.size if _orientation(image, upright) in (5, 6, 7, 8) else image.size[::-1]
+def decode(image, turn, need):
+    """Opened photo of any kind -> RGB, turned, over white. A JPEG may be smaller, down to `need` (w, h).
+
+    What has to be held in several copies may have fewer pixels: less than 2 GB at any time.
+    """
+    image.draft("RGB", need[::-1] if turn in QUARTERS else need)
+    mode, info = image.mode, image.info.keys()
+    heavy = turn is not None or mode not in ("L", "RGB") or image.format in ("WEBP", "TIFF")
+    if image.width * image.height > (2**26 if heavy or {"progressive", "transparency"} & info else 2**28):
+        raise ValueError(f"{image.width} x {image.height} pixels are too many for a photo of this kind")
+    if mode == "F" or mode == "I" and image.format == "TIFF":
+        raise ValueError("pixels of 32 bits, whose range nobody knows; save it with 8 or 16")
+    if mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    image.load()
+    return image if turn is None else image.transpose(turn)
 
 
-def _decode(path, image, draft, upright):
-    with image:
-        orientation = _orientation(image, upright)
-        if draft:
-            image.draft("RGB", draft[::-1] if orientation in (5, 6, 7, 8) else draft)
-        if orientation != 1:
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bit; Pillow's own conversion would clip it to white
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()
-        return image
+def open_photo(path, upright=True, longest=None):
+    """A photo for pictures -> PIL RGB, its longer side at most `longest` pixels."""
+    with named(path):
+        image, turn, (h, w) = header(path, upright)
+        share = min(1, (longest or math.inf) / max(w, h))
+        size = max(1, round(w * share)), max(1, round(h * share))
+        return decode(image, turn, size).resize(size, FILTERS["bicubic"], reducing_gap=2.0)
 
 
 def object_region(box, size, context=False):
-    """Box clipped to a photo of size (h, w), for recipe.boxes; `context` first adds fMoW's margin, which grows as the box gets small."""
+    """Box clipped to a photo of size (h, w); `context` first adds fMoW's margin, large around small ones."""
     edges = []
-    for low, high, side in ((box[0], box[2], size[1]), (box[1], box[3], size[0])):
-        share = (high - low) / side
-        margin = next(m for least, m in ((0.5, 0.15), (0.4, 0.2), (0.3, 0.3), (0.2, 0.5), (0.1, 1.0), (-math.inf, 2.0)) if share >= least)
-        grow = (high - low) * margin / 2 if context else 0.0
+    for low, high, side in zip(box[:2], box[2:], size[::-1]):
+        margin = (2.0, 1.0, 0.5, 0.3, 0.2, 0.15)[min(5, int(10 * (high - low) / side))] if context else 0.0
+        grow = (high - low) * margin / 2
         edges.append((max(0.0, float(low - grow)), min(float(side), float(high + grow))))
     (x1, x2), (y1, y2) = edges
     if not (x2 - x1 >= 1 and y2 - y1 >= 1):
-        raise ValueError(f"object box {[round(float(v), 1) for v in box]} is outside its photo of {size[1]} x {size[0]} pixels; correct the box or train with --no-boxes")
+        raise ValueError(f"its object box {np.round(box, 1)} is outside; correct it or train with --no-boxes")
     return x1, y1, x2, y2
 
 
-# A view is (region, scaled, place): the region xyxy of the photo is resized to `scaled` (h, w) pixels, of which the input, image_size
-# large, begins at `place` (top, left). Only the pixels of the input are ever computed.
+def view(region, recipe, rng=None):
+    """The box of a photo that becomes the input, from the region xyxy to look at (all, or its object).
+
+    The region is thought of as resized to recipe.resize; of that, testing shows the centre, and training
+    (rng) what recipe.crop says.
+    """
+    if rng and recipe.crop == "resized":
+        return random_box(region, recipe, rng)
+    (x1, y1, x2, y2), (H, W) = region, recipe.image_size
+    h, w = recipe.resize if any(recipe.resize) else recipe.image_size
+    top, left = round((h - H) / 2), round((w - W) / 2)
+    if rng and recipe.crop == "random":
+        top, left = (int(rng.integers(-recipe.pad, room + recipe.pad + 1)) for room in (h - H, w - W))
+    u, v = (x2 - x1) / w, (y2 - y1) / h  # pixels of the photo in one of the resized region
+    return x1 + left * u, y1 + top * v, x1 + (left + W) * u, y1 + (top + H) * v
 
 
-def test_view(size, recipe, region=None):
-    """The test transform of a photo of size (h, w): resize to recipe.resize, centre crop of image_size -> view."""
-    (H, W), scaled = recipe.image_size, recipe.resize if any(recipe.resize) else recipe.image_size
-    if scaled[0] < H or scaled[1] < W:
-        raise ValueError(f"--resize {scaled[0]},{scaled[1]} is smaller than --image-size {H},{W}; give at least {H},{W}, or 0,0")
-    return region or (0, 0, size[1], size[0]), tuple(scaled), (round((scaled[0] - H) / 2), round((scaled[1] - W) / 2))
-
-
-def train_view(size, recipe, rng, region=None):
-    """A random view as recipe.crop says."""
-    region, scaled, place = test_view(size, recipe, region)
-    if recipe.crop == "random":
-        place = tuple(int(rng.integers(-recipe.pad, s + recipe.pad - o + 1)) for s, o in zip(scaled, recipe.image_size))
-    if recipe.crop == "resized":
-        region, scaled, place = random_region(region, recipe, rng), tuple(recipe.image_size), (0, 0)
-    return region, scaled, place
-
-
-def random_region(region, recipe, rng):
-    """Random area and aspect inside `region`; after ten misses the largest centred one of an allowed aspect (as torchvision)."""
-    x1, y1, w, h = region[0], region[1], region[2] - region[0], region[3] - region[1]
-    least, most = recipe.crop_ratio
+def random_box(region, recipe, rng):
+    """Random area and aspect in a region; after ten misses the largest allowed in the centre."""
+    (x1, y1, x2, y2), (least, most) = region, recipe.crop_ratio
+    w, h = x2 - x1, y2 - y1
     for _ in range(10):
-        area, ratio = w * h * rng.uniform(*recipe.crop_area), math.exp(rng.uniform(math.log(least), math.log(most)))
+        area = w * h * rng.uniform(*recipe.crop_area)
+        ratio = math.exp(rng.uniform(math.log(least), math.log(most)))
         cw, ch = math.sqrt(area * ratio), math.sqrt(area / ratio)
         u, v = rng.random(2)
         if cw <= w and ch <= h:
@@ -240,927 +221,920 @@ def random_region(region, recipe, rng):
     return x1, y1, x1 + cw, y1 + ch
 
 
-def cut_view(image, size, view, recipe, resample):
-    """Pixels of a view of the photo of size (h, w), which `image` holds, perhaps drafted smaller -> PIL image of image_size."""
-    (x1, y1, x2, y2), (sh, sw), (top, left), (H, W) = *view, recipe.image_size
-    t, l, b, r = max(top, 0), max(left, 0), min(top + H, sh), min(left + W, sw)  # what of the input is photo, not border
-    kx, ky = image.width / size[1], image.height / size[0]
-    ux, uy = (x2 - x1) / sw, (y2 - y1) / sh  # pixels of the photo in one of the scaled photo
-    box = ((x1 + l * ux) * kx, (y1 + t * uy) * ky, min((x1 + r * ux) * kx, image.width), min((y1 + b * uy) * ky, image.height))
-    piece = image.resize((r - l, b - t), resample, box)
+def cut(image, box, size, resample):
+    """A box of an image resized to (H, W), black over the edge. Only these pixels are computed."""
+    (H, W), (x1, y1, x2, y2), (w, h) = size, box, image.size
+    u, v = (x2 - x1) / W, (y2 - y1) / H
+    left, top = round(max(0, -x1) / u), round(max(0, -y1) / v)
+    right, bottom = W - round(max(0, x2 - w) / u), H - round(max(0, y2 - h) / v)
+    inside = max(0, x1), max(0, y1), min(x2, w), min(y2, h)
+    piece = image.resize((right - left, bottom - top), resample, inside)
     if piece.size == (W, H):
         return piece
     page = Image.new("RGB", (W, H))
-    page.paste(piece, (l - left, t - top))
+    page.paste(piece, (left, top))
     return page
 
 
-def draft_size(size, view):
-    """(width, height) that a photo of size (h, w) needs to have for the view not to be enlarged."""
-    (x1, y1, x2, y2), (sh, sw), _ = view
-    return math.ceil(size[1] * sw / (x2 - x1) - 1e-6), math.ceil(size[0] * sh / (y2 - y1) - 1e-6)
+def to_input(boxes, shown, size):
+    """Boxes (..., 4) in pixels of a photo -> of the input (H, W) that shows the box `shown` of it."""
+    corner, scale = frame(shown, size)
+    return (boxes - corner) / scale
 
 
-def to_tensor(image):
-    """PIL RGB -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # the fastest of six ways tried
+def to_photo(boxes, shown, size):
+    """The inverse of `to_input`: boxes in pixels of the input -> of the photo."""
+    corner, scale = frame(shown, size)
+    return boxes * scale + corner
 
 
-def prepare(image, recipe, region=None):
-    """Test transform of a PIL image, or of its region xyxy -> uint8 (3, H, W)."""
-    size = image.size[::-1]
-    resample = FILTERS.get(recipe.interpolation, Image.Resampling.BILINEAR)
-    return to_tensor(cut_view(image, size, test_view(size, recipe, region), recipe, resample))
-
-
-def to_input(boxes, size, recipe, region=None):
-    """Boxes (..., 4) xyxy in pixels of a photo of size (h, w) -> in pixels of its test-time input (they may lie outside it)."""
-    (x1, y1, x2, y2), (sh, sw), (top, left) = test_view(tuple(int(v) for v in size), recipe, region)
-    scale = np.array([sw / (x2 - x1), sh / (y2 - y1)] * 2)
-    return (np.asarray(boxes, np.float64) - (x1, y1, x1, y1)) * scale - (left, top, left, top)
+def frame(shown, size):
+    """Where the input (H, W) begins in the photo, and the photo's pixels in one of it, for x, y, x, y."""
+    corner = np.tile(shown[..., :2], 2)
+    return corner, (np.tile(shown[..., 2:], 2) - corner) / np.tile(size[::-1], 2)
 
 
 def augment(image, recipe, rng):
-    """Mirror; rotation, shift and zoom; colour jitter in random order: PIL -> PIL, each as the recipe says."""
+    """Mirror; rotation, shift and zoom; colour jitter in random order: PIL -> PIL, as the recipe says."""
     if rng.random() < recipe.hflip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    moves = recipe.rotate or recipe.translate or tuple(recipe.zoom) != (1.0, 1.0)
+    moves = recipe.rotate or recipe.translate or recipe.zoom != (1.0, 1.0)
     if moves and rng.random() < recipe.affine_prob:
         angle, zoom = rng.uniform(-recipe.rotate, recipe.rotate), rng.uniform(*recipe.zoom)
         shift = [round(rng.uniform(-recipe.translate, recipe.translate) * side) for side in image.size]
-        image = TF.affine(image, angle, shift, zoom, [0.0, 0.0], interpolation=TF.InterpolationMode.BILINEAR)
-    steps = [(TF.adjust_brightness, recipe.brightness, 1), (TF.adjust_contrast, recipe.contrast, 1), (TF.adjust_saturation, recipe.saturation, 1), (TF.adjust_hue, recipe.hue, 0)]
-    steps = [step for step in steps if step[1]]
-    if steps and rng.random() < recipe.jitter_prob:
-        for k in rng.permutation(len(steps)):
-            adjust, strength, middle = steps[k]
-            image = adjust(image, max(rng.uniform(middle - strength, middle + strength), middle - 1.0))
+        image = TF.affine(image, angle, shift, zoom, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
+    names = [name for name in ("brightness", "contrast", "saturation", "hue") if getattr(recipe, name)]
+    if names and rng.random() < recipe.jitter_prob:
+        for k in rng.permutation(len(names)):
+            most, middle = getattr(recipe, names[k]), float(names[k] != "hue")
+            amount = max(rng.uniform(middle - most, middle + most), middle - 1)
+            image = getattr(TF, f"adjust_{names[k]}")(image, amount)
     return image
 
 
-def erase(pixels, normalize, rng):
-    """Fill a random rectangle (2 to 33 % of the area, aspect 0.3 to 3.3) of uint8 (3, H, W), in place, with noise that is N(0, 1) once normalised."""
-    _, H, W = pixels.shape
-    for _ in range(10):
-        area, ratio = H * W * rng.uniform(0.02, 1 / 3), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < h < H and 0 < w < W:
-            top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
-            mean, std = (np.array(v, np.float32).reshape(3, 1, 1) * 255 for v in NOISE[normalize])
-            noise = mean + std * rng.standard_normal((3, h, w), np.float32)
-            pixels[:, top : top + h, left : left + w] = torch.from_numpy(noise.round().clip(0, 255).astype(np.uint8))
-            return
+def erase(images, recipe):
+    """Random erasing of normalised images (B, 3, H, W), in place: N(0, 1) noise in 2 to 33 % of the area.
+
+    Part of the training step, as the reference erases after normalising: that noise does not fit into bytes.
+    """
+    erasing = RandomErasing(recipe.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), "random", inplace=True)
+    for image in images:
+        erasing(image)
+    return images
 
 
 class Photos(torch.utils.data.Dataset):
-    """A split as tensors: item -> (uint8 image (3, H, W), label, index, size (h, w) of the photo).
+    """A split as tensors: item -> (uint8 image (3, H, W), label, index, the box of the photo it shows).
 
-    In training the key is (epoch, index), as EpochBatches gives it, and every random choice comes from (seed, epoch, index);
-    for testing the key is the index.
+    Key: an index, or (epoch, index); every random choice of training is drawn from (seed, epoch, index). A
+    photo that cannot be read is a ValueError that names it; with `skip`, training takes the next one of the
+    split, and testing gives black, whose box is nan.
     """
 
-    def __init__(self, split, recipe, train, seed=0):
-        test_view((1, 1), recipe)  # refuses sizes that do not fit
-        self.split, self.recipe, self.train, self.seed = split, recipe, train, seed
+    def __init__(self, split, recipe, train=False, seed=0, skip=False):
+        (h, w), (H, W) = recipe.resize, recipe.image_size
+        if (h or w) and (h < H or w < W):
+            raise ValueError(f"--resize {h},{w} is smaller than --image-size {H},{W}; give at least {H},{W}")
         if recipe.boxes and split.boxes is None:
             raise ValueError("--boxes: this dataset has no object boxes; leave --boxes out")
+        self.split, self.recipe, self.train, self.seed, self.skip = split, recipe, train, seed, skip
 
     def __len__(self):
         return len(self.split)
 
-    def region(self, index, size):
-        """The part of a photo of size (h, w) that the input shows: its object box with recipe.boxes, else all of it (None) but the banner."""
-        h, w = int(size[0]) - self.split.banner, int(size[1])
-        if self.recipe.boxes:
-            return object_region(self.split.boxes[index], (h, w), self.split.context)
-        return (0, 0, w, h) if self.split.banner else None
-
     def __getitem__(self, key):
-        split, recipe = self.split, self.recipe
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([ITEM, self.seed, epoch, index]) if self.train else None
-        if split.images is not None:
-            image = Image.fromarray(split.images[index])
-            size = image.size[::-1]
-        else:
-            image, size = _try(split.paths[index], _header, split.upright)
-        region = self.region(index, size)
-        view = train_view(size, recipe, rng, region) if self.train else test_view(size, recipe, region)
+        try:
+            with named(self.split.paths[index]):
+                image, shown = self.read(index, rng)
+        except (ValueError, FileNotFoundError):
+            if not self.skip:
+                raise
+            if self.train:
+                return self[epoch, (index + 1) % len(self)]
+            image, shown = Image.new("RGB", self.recipe.image_size[::-1]), (math.nan,) * 4
+        if self.train:
+            image = augment(image, self.recipe, rng)
+        pixels = np.stack([np.asarray(band) for band in image.split()])  # the fastest of six ways
+        label = self.split.labels[index] if self.split.labels else -1
+        return torch.from_numpy(pixels), label, index, torch.tensor(shown, dtype=torch.float64)
+
+    def read(self, index, rng):
+        """Cut the view of a photo out of it -> PIL RGB of image_size, the box of the view."""
+        split, recipe = self.split, self.recipe
         if split.images is None:
-            image = _try(split.paths[index], _decode, image, draft_size(size, view), split.upright)
-        if self.train and recipe.interpolation == "random":
-            resample = Image.Resampling(rng.integers(6))  # nearest, lanczos, bilinear, bicubic, box, hamming; newer Pillows have more
+            image, turn, (h, w) = header(split.paths[index], split.upright)
         else:
-            resample = FILTERS.get(recipe.interpolation, Image.Resampling.BILINEAR)
-        image = cut_view(image, size, view, recipe, resample)
-        pixels = to_tensor(augment(image, recipe, rng) if self.train else image)
-        if self.train and rng.random() < recipe.erasing:
-            erase(pixels, recipe.normalize, rng)
-        return pixels, split.labels[index], index, torch.tensor(size)
+            image, turn = Image.fromarray(split.images[index]), None
+            w, h = image.size
+        region = (0, 0, w, h - split.banner)
+        if recipe.boxes:
+            region = object_region(split.boxes[index], (h - split.banner, w), split.context)
+        x1, y1, x2, y2 = box = view(region, recipe, rng)
+        H, W = recipe.image_size
+        need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
+        image = decode(image, turn, need)
+        kx, ky = image.width / w, image.height / h  # below 1 where decoding made it smaller
+        resample = FILTERS.get(recipe.interpolation, FILTERS["bilinear"])
+        if rng and recipe.interpolation == "random":
+            resample = Image.Resampling(rng.integers(6))
+        return cut(image, (x1 * kx, y1 * ky, x2 * kx, y2 * ky), (H, W), resample), box
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------- batches
 
 
-class EpochBatches:
-    """Batch sampler: this rank's lists of keys (epoch, index) of one epoch, beginning at global batch number `start`.
+def epoch_batches(split, recipe, seed, epoch, rank=0, size=1):
+    """Process `rank`'s share of the batches of an epoch: lists of keys (epoch, index) for Photos.
 
-    The epoch is a permutation of range(n) given by (seed, epoch), in global batches of batch_size; a last short one is dropped, unless
-    it is the only one. Each rank takes its slice of every global batch, so the batches are the same on any number of ranks.
+    The order is a function of (seed, epoch), whatever the number of processes: each takes its slice of every
+    batch. A last short batch is dropped, unless it is the only one. With recipe.instances, batches are P
+    identities x K images, and every part of a batch (--accumulate, a process's share) must hold at least two
+    whole identities.
     """
-
-    def __init__(self, n, batch_size, epoch, seed, rank=0, world=1, start=0):
-        if n < world or batch_size < 1 or batch_size % world:
-            raise ValueError(f"--batch-size {batch_size} cannot be split over {world} processes with {n} training images; give a multiple of {world} and at least {world} images")
-        self.n, self.batch_size, self.epoch, self.seed, self.rank, self.world, self.start = n, min(n, batch_size), epoch, seed, rank, world, start
-
-    def __len__(self):
-        return max(0, self.n // self.batch_size - self.start)
-
-    def __iter__(self):
-        order = np.random.default_rng([ORDER, self.seed, self.epoch]).permutation(self.n).tolist()
-        low, high = (self.batch_size * r // self.world for r in (self.rank, self.rank + 1))
-        for first in range(self.start * self.batch_size, self.n - self.batch_size + 1, self.batch_size):
-            yield [(self.epoch, i) for i in order[first + low : first + high]]
-
-
-# ------------------------------------------------------------------------------------------------ folders and ImageNet
-
-
-@functools.cache
-def photo_extensions():
-    """Lower-case extensions of the formats that Pillow can decode (not those it only recognises)."""
-    Image.preinit()  # the usual formats first: Image.open tries them in order of registration
-    Image.init()
-    return frozenset(e for e, f in Image.registered_extensions().items() if f in Image.OPEN and f not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF"))
+    n, K, parts = len(split), recipe.instances, size * recipe.accumulate
+    unit, least, most = size, parts, math.inf
+    if K:
+        unit, least, most = K * parts, 2 * K * parts, K * len(set(split.labels))
+    if recipe.batch_size % unit or not least <= recipe.batch_size <= most or n < parts:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size} of {n} images does not split over {size} processes with "
+            f"--accumulate {recipe.accumulate}, --instances {K}; take a multiple of {unit}, {least} to {most}"
+        )
+    rng, batch = np.random.default_rng([ORDER, seed, epoch]), min(n, recipe.batch_size)
+    if K:
+        batch = recipe.batch_size
+        batches = identity_batches(np.array(split.labels), batch // K, K, rng)
+    else:
+        batches = rng.permutation(n)[: n // batch * batch].reshape(-1, batch).tolist()
+    low, high = (batch * r // size for r in (rank, rank + 1))
+    return [[(epoch, i) for i in some[low:high]] for some in batches]
 
 
-def photos_in(folder):
-    """Sorted paths of the photos in a folder and its subfolders; hidden files are left out."""
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        found += [f"{where}/{n}" for n in names if os.path.splitext(n)[1].lower() in photo_extensions() and not n.startswith(".")]
-    return sorted(found)
+def identity_batches(labels, P, K, rng):
+    """One epoch of n // (P * K) batches of P identities x K images (TransReID's sampler, at a fixed length).
+
+    An identity's images are shuffled and cut into groups of K; one with fewer is filled up by drawing again.
+    """
+    batches, groups = [], {}
+    while len(batches) < max(1, len(labels) // (P * K)):
+        if len(groups) < P:  # deal anew
+            for label in np.unique(labels):
+                images = rng.permutation(np.flatnonzero(labels == label))
+                images = np.append(images, rng.choice(images, max(0, K - len(images))))
+                groups[label] = images[: len(images) // K * K].reshape(-1, K).tolist()
+        chosen = rng.choice(list(groups), P, replace=False)
+        batches.append([i for label in chosen for i in groups[label].pop()])
+        groups = {label: left for label, left in groups.items() if left}
+    return batches
+
+
+
+
+# ------------------------------------------------------------------------------------------ loading a dataset
+
+AGAIN = "unpack the official archive again, or use photos in class folders with --data folder"
+
+
+def load(name, root, recipe, skip_bad=False):
+    """Dataset `name` from the folder `root` -> Splits; recipe.val_fraction cuts val out of train.
+
+    Own photos are looked through first; `skip_bad` leaves out what cannot be read, and the note says so.
+    Raises ValueError or FileNotFoundError that says what was given, what is allowed and what to do next.
+    """
+    if name not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise ValueError(f"--data {name}: no such dataset; choose one of {known}; folder is for own photos")
+    if name != "toy" and not os.path.isdir(root or ""):
+        given = f"--root {root} is no folder" if root else "it needs a folder"
+        raise FileNotFoundError(f"--data {name}: {given}; add --root DIR, the dataset's, or try --data toy")
+    if name in SETS:
+        splits = load_official(name, find(name, Path(root)), recipe)
+    else:
+        splits = DATASETS[name](root and Path(root), recipe)
+    notes, fraction = [splits.note], recipe.val_fraction
+    if name == "folder":
+        notes.append(look_through(splits, skip_bad))
+    if splits.test is None and not fraction:
+        raise ValueError(
+            f"--root {root}: no test or val folder; put photos into DIR/train/CLASS/ and DIR/test/CLASS/, "
+            "or add --val-fraction 0.2 to test on a fifth of them"
+        )
+    if fraction:
+        if splits.test and (splits.val or splits.test.query):
+            raise ValueError(f"--val-fraction {fraction}: {name} has val or query images; leave it out")
+        splits.train, held = hold_out(splits.train, fraction)
+        if not held:
+            raise ValueError(f"--val-fraction {fraction}: no class has two photos; add some or leave it out")
+        if splits.test is None:
+            splits.test = held
+            notes.append("the test images were cut from train")
+        else:
+            splits.val = held
+    train, test, val, classes = splits.train, splits.test, splits.val, splits.classes
+    untested = [] if test.query else sorted(set(train.labels) - set(test.labels))
+    if untested:
+        more = f" and {len(untested) - 5} other classes" if untested[5:] else ""
+        notes.append(f"no test images of {', '.join(classes[label] for label in untested[:5])}{more}")
+    counts = f"{len(train):,} train,{f' {len(val):,} val,' if val else ''} {len(test):,} test images"
+    kind = "training identities" if test.query else "classes"
+    splits.note = "; ".join(filter(None, [f"{counts} of {len(classes)} {kind}", *notes]))
+    return splits
+
+
+def load_official(name, base, recipe):
+    """An official set from its folder -> Splits; counts of a full set that are not as published are noted.
+
+    Whatever is wrong with it becomes one error that says so; `reading` names the file.
+    """
+    files_in = functools.cache(lambda folder: set(os.listdir(folder)))
+    try:
+        splits = DATASETS[name](base, recipe)
+        paths = [path for split in (splits.train, splits.test, splits.val) if split for path in split.paths]
+        lost = [path for path in paths if os.path.basename(path) not in files_in(os.path.dirname(path))]
+        if lost:
+            share = f"{len(lost):,} of {len(paths):,} photos are missing"
+            raise ValueError(f"{lost[0]} is listed but not there ({share})")
+        if not (splits.train and splits.test):
+            raise ValueError("there are no training or no test photos")
+    except Exception as error:  # of text, numbers, JSON, XML, MATLAB files
+        why = error if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}"
+        wrong = f"{base} is damaged or not the official release"
+        raise ValueError(f"--data {name}: {wrong}: {why}; {AGAIN}") from None
+    found = len(splits.classes), len(splits.train), len(splits.test)
+    published = SETS[name][2:5]
+    full = any(n >= 0.9 * m > 0 for n, m in zip(found[1:], published[1:]))
+    if full and found != published and recipe.train_split == "trainval":
+        off = f"classes, training and test images are {found}, not {published} as published"
+        splits.note = "; ".join(filter(None, [splits.note, off]))
+    return splits
+
+
+def hold_out(split, fraction):
+    """Cut `fraction` of each class -> (rest, cut): by hashes of file names, stable when files are added.
+
+    At least one image on each side; the single image of a class stays.
+    """
+    of_class, held = {}, set()
+    for i, label in enumerate(split.labels):
+        of_class.setdefault(label, []).append(i)
+    for members in of_class.values():
+        members.sort(key=lambda i: hashlib.sha256(os.path.basename(split.paths[i]).encode()).digest())
+        held.update(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
+
+
+def look_through(splits, skip_bad):
+    """Read the header of every own photo -> a note; those that cannot be read are left out, or all named."""
+    sides = {side: split for side, split in vars(splits).items() if isinstance(split, Split)}
+    faults = {path: why for split in sides.values() for path in split.paths if (why := fault(path))}
+    if not faults:
+        return ""
+    listed = ", ".join(f"{path} ({why})" for path, why in list(faults.items())[:20])
+    listed = f"{len(faults)} photos cannot be read: {listed}{', ...' * (len(faults) > 20)}"
+    if not skip_bad:
+        raise ValueError(f"{listed}; replace or remove them, or add --skip-bad-images to leave them out")
+    for side, split in sides.items():
+        setattr(splits, side, split.take([i for i, path in enumerate(split.paths) if path not in faults]))
+    return f"left out: {listed}"
+
+
+def fault(path):
+    """What keeps a file from being a photo, as far as its header tells; "" if nothing does."""
+    try:
+        header(path, True)[0].close()
+        return ""
+    except FileNotFoundError:
+        return "a link that leads nowhere"
+    except Exception:  # Pillow raises a dozen kinds
+        return "no photo" if os.path.getsize(path) else "empty"
 
 
 def folders_in(folder):
     """Folders inside a folder, by name, without hidden ones."""
-    return sorted((d for d in Path(folder).iterdir() if d.is_dir() and not d.name.startswith(".")), key=lambda d: d.name)
+    found = sorted(d for d in folder.iterdir() if not d.name.startswith("."))
+    for d in found:
+        if not d.exists():
+            raise ValueError(f"{d} is a link that leads nowhere; mend or remove it")
+    return [d for d in found if d.is_dir()]
 
 
 def class_folders(folder, classes=None):
-    """A folder with one folder of photos for each class -> (Split, class names); `classes` of train fixes the labels."""
-    folders = folders_in(folder)
-    if not folders:
-        raise ValueError(f"{folder} holds no class folders; put the photos of each class into a folder of their own: {folder}/CLASS/photo.jpg")
-    own = [d.name for d in folders]
-    unknown = sorted(set(own) - set(classes or own))
-    if unknown:
-        raise ValueError(f"{folder} has {len(unknown)} classes that train has not: {', '.join(unknown[:5])}; rename or remove these folders")
-    classes = classes or own
-    if len(classes) < 2:
-        raise ValueError(f"{folder} has one class folder only, {own[0]}; at least two classes are needed: {folder}/CLASS/photo.jpg")
-    label, paths, labels = {name: i for i, name in enumerate(classes)}, [], []
+    """A folder of class folders -> (Split, class names); `classes` of train fixes the labels."""
+    folders, paths, labels = folders_in(folder), [], []
+    if len(folders) < (1 if classes else 2):
+        inner = [d.name for f in folders for d in folders_in(f)]
+        some = ", ".join(inner[:5])
+        deep = f"; {some} in {folders[0]} are one level too deep: move them up" if inner else ""
+        raise ValueError(
+            f"{folder} holds {len(folders)} class folders; put the photos of each class into a folder of "
+            f"their own, of at least two classes: {folder}/CLASS/photo.jpg{deep}"
+        )
+    classes = classes or [d.name for d in folders]
     for d in folders:
         found = photos_in(d)
+        if d.name not in classes:
+            raise ValueError(f"{d} is of a class that train has not; rename or remove it")
         if not found:
-            raise ValueError(f"{d} holds no photos (files that Pillow reads, as .jpg .png .webp); add some or remove the folder")
+            raise ValueError(f"{d} holds no photos ({' '.join(EXTENSIONS)}); add some or remove the folder")
         paths += found
-        labels += [label[d.name]] * len(found)
+        labels += [classes.index(d.name)] * len(found)
     return Split(paths, labels), classes
 
 
 def load_folder(root, recipe):
-    """DIR/train and DIR/test (or val), each with a folder for each class; without a test folder, `load` cuts the test images out by val_fraction."""
+    """DIR/train and DIR/test (or val), each with class folders; or class folders alone, for `load` to cut."""
+    present = {path.name for path in root.iterdir()} - {"train", "test", "val"}
+    for name, source in SETS.items():
+        if len(present & set(re.split("[ |]", source.files))) > 1:
+            raise ValueError(f"--root {root} looks like {name}, an official set: use --data {name}")
     named = {d.name.lower(): d for d in folders_in(root)}
     at = [named[n] for n in ("test", "testing", "val", "valid", "validation") if n in named]
-    train_at = next((named[n] for n in ("train", "training") if n in named), None)
-    if at and not train_at:
-        raise ValueError(f"{root} has {at[0].name} and no train; put the training photos into {root}/train/CLASS/")
-    train, classes = class_folders(train_at or root)
-    test, val = ([class_folders(d, classes)[0] for d in at] + [None, None])[:2]
-    for split in (train, test, val):
-        if split is not None:
-            split.upright = True
-    return Splits(train, test, classes, val, "; ".join(f"{role} is {d}" for role, d in zip(("test", "val"), at)))
+    first = named.get("train", named.get("training"))
+    if at and not first:
+        raise ValueError(f"{root} has {at[0].name} and no train; put photos into {root}/train/CLASS/")
+    train, classes = class_folders(first or root)
+    test, val, *_ = [class_folders(d, classes)[0] for d in at] + [None, None]
+    for split in filter(None, (train, test, val)):
+        split.upright = True
+    note = "; ".join(f"{side} is {d}" for side, d in zip(("test", "val"), at))
+    return Splits(train, test, classes, val, note)
 
 
-def load_imagenet(root, recipe):
-    """ILSVRC2012: train and val, each with a folder for each wnid; or Kaggle's, where val is flat and LOC_val_solution.csv has its labels."""
-    base = next((b for b in (root, root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") if (b / "train").is_dir() and (b / "val").is_dir()), None)
-    if base is None:
-        raise FileNotFoundError(f"--root {root}: neither train and val nor ILSVRC/Data/CLS-LOC is there; unpack ILSVRC2012_img_train.tar and "
-                                "ILSVRC2012_img_val.tar (image-net.org, by registration) into train/WNID/ and val/WNID/")
-    beside = lambda name: next((d / name for d in (base, *base.parents[:3]) if (d / name).is_file()), None)
-    train, wnids = class_folders(base / "train")
-    if folders_in(base / "val"):
-        test, _ = class_folders(base / "val", wnids)
-    else:
-        table = beside("LOC_val_solution.csv")
-        if table is None:
-            raise FileNotFoundError(f"{base / 'val'} has no class folders and LOC_val_solution.csv is not there; put Kaggle's file into {base}, or sort the photos into val/WNID/")
-        wnid = {row[0]: row[1].split()[0] for row in csv.reader(table.read_text().splitlines()) if row and row[0] != "ImageId"}
-        label, paths = {w: i for i, w in enumerate(wnids)}, photos_in(base / "val")
-        missing = [p for p in paths if wnid.get(Path(p).stem) not in label]
-        if missing or not paths:
-            raise ValueError(f"{missing[0] if missing else base / 'val'}: no label in {table} of a class in train; use the validation photos and the table of one release")
-        test = Split(paths, [label[wnid[Path(p).stem]] for p in paths])
-    names, mapping = {}, beside("LOC_synset_mapping.txt")
-    if len(wnids) == 1000:
-        names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # in the order of the sorted wnids
-    elif mapping:
-        names = {line.split()[0]: line.split(maxsplit=1)[1].split(",")[0].strip() for line in mapping.read_text().splitlines() if " " in line.strip()}
-    return Splits(train, test, [names.get(w, w) for w in wnids])
+# ------------------------------------------------------------------------------------------- official sets
 
-
-# ------------------------------------------------------------------------------------------------ the papers' datasets
-
-AGAIN = "unpack the official archive again"  # the advice when a file of a dataset is damaged
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a dataset comes from. Its folder may be --root itself or a `folder` in it, and holds one of the `layouts`."""
-
-    page: str  # who gives it
-    folders: tuple  # names of the official folder
-    layouts: tuple  # alternatives; each the files and folders that must be there
-    archives: tuple = ()  # (file, bytes or 0, md5 or sha256 or "", URL of the official host or "")
-    into: str = ""  # the folder in --root into which the archives unpack
-
-
-CALTECH, OXFORD = "https://data.caltech.edu/records/65de6-vp158", "https://www.robots.ox.ac.uk/~vgg/data"
+CALTECH = "https://data.caltech.edu/records/65de6-vp158/files"
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 STANFORD = "http://vision.stanford.edu/aditya86/ImageNetDogs"
-BIRD_FILES = ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt", "bounding_boxes.txt")
-VARIANTS = tuple(f"images_variant_{side}.txt" for side in ("train", "val", "trainval", "test"))
-PERSON_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
-SOURCES = {
-    "cub": Source(CALTECH, ("CUB_200_2011",), (BIRD_FILES,), (
-        ("CUB_200_2011.tgz", 1150585339, "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081", f"{CALTECH}/files/CUB_200_2011.tgz"),)),
-    "cars": Source("a mirror (the official pages are gone since 2023, see pytorch/vision#7545)", ("stanford_cars",),
-        (("devkit", "cars_train", "cars_test"), ("cars_annos.mat", "car_ims"), ("cars_train", "cars_test"), ("train", "test")), (
-        ("cars_train.tgz", 979269282, "065e5b463ae28d29e77c1b4b166cfe61", ""),
-        ("cars_test.tgz", 977350468, "4ce7ebf6a94d07f1952d94dd34c4d501", ""),
-        ("car_devkit.tgz", 330960, "c3b158d763b6e2245038c8ad08e45376", ""),
-        ("cars_test_annos_withlabels.mat", 185758, "b0a2b23655a3edd16d84508592a98d10", "")), "stanford_cars"),
-    "aircraft": Source(f"{OXFORD}/fgvc-aircraft", ("fgvc-aircraft-2013b/data", "data"), (("images", "variants.txt", "images_box.txt", *VARIANTS),), (
-        ("fgvc-aircraft-2013b.tar.gz", 0, "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75",
-         f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),)),
-    "flowers": Source(f"{OXFORD}/flowers/102", ("flowers-102",), (("jpg", "imagelabels.mat", "setid.mat"),), (
-        ("102flowers.tgz", 344862509, "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246", f"{OXFORD}/flowers/102/102flowers.tgz"),
-        ("imagelabels.mat", 502, "e0620be6f572b9609742df49c70aed4d", f"{OXFORD}/flowers/102/imagelabels.mat"),
-        ("setid.mat", 14989, "a5357ecc9cb78c4bef273ce3793fc85c", f"{OXFORD}/flowers/102/setid.mat")), "flowers-102"),
-    "dogs": Source(STANFORD, ("ImageNetDogs",), (("Images", "train_list.mat", "test_list.mat"), ("Images", "train_list.txt", "test_list.txt")), (
-        ("images.tar", 793579520, "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", f"{STANFORD}/images.tar"),
-        ("annotation.tar", 21852160, "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd", f"{STANFORD}/annotation.tar"),
-        ("lists.tar", 481280, "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", f"{STANFORD}/lists.tar")), "ImageNetDogs"),
-    "nabirds": Source("https://dl.allaboutbirds.org/nabirds (a form to agree to)", ("nabirds", "nabirds/nabirds"), (BIRD_FILES,), (
-        ("nabirds.tar.gz", 0, "df21a9e4db349a14e2b08adfd45873bd", ""),)),
-    "plant": Source("Kaggle: plant-pathology-2020-fgvc7 (4 classes), or cassava-disease, that is iCassava 2019 (the 5 classes of the paper's Table 1)",
-        ("plant-pathology-2020-fgvc7", "cassavaleafdata", "cassava-disease"), (("train.csv", "images"), tuple(f"train/{kind}" for kind in ("cbb", "cbsd", "cgm", "cmd", "healthy"))), (
-        ("cassavaleafdata.zip", 1354096203, "8ae63d2ef7dee0899d252a748523e603f97e2ae7022f103f92fc42a9fce74d95", ""),)),
-    "fmow": Source("s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, about 200 GB; with aws s3 sync --no-sign-request)", ("fmow-rgb", "fmow"), (("train", "val"),)),
-    "market1501": Source("its authors (Zheng et al., ICCV 2015)", ("Market-1501-v15.09.15",), (PERSON_FOLDERS,), (
-        ("Market-1501-v15.09.15.zip", 0, "65005ab7d12ec1c44de4eeafe813e68a", ""),)),
-    "dukemtmc": Source("none, its authors withdrew it in 2019; a copy that you hold is read", ("DukeMTMC-reID",), (PERSON_FOLDERS,), (("DukeMTMC-reID.zip", 0, "", ""),)),
-    "msmt17": Source("its authors (Wei et al., CVPR 2018; a form to agree to; version 1)", ("MSMT17_V1",), (("train", "test", "list_train.txt", "list_query.txt", "list_gallery.txt"),)),
-    "veri776": Source("its authors (Liu et al., ECCV 2016; by e-mail)", ("VeRi",), (("image_train", "image_query", "image_test"),)),
+BIRDS = "images images.txt image_class_labels.txt train_test_split.txt classes.txt bounding_boxes.txt"
+PERSONS, VEHICLES = "bounding_box_train query bounding_box_test", "image_train image_query image_test"
+# folders: of the set, in --root unless that is it already; files: what it holds, "|" parts alternatives;
+# classes (identities), training, test images (queries and gallery) as published, 0 where that is not known;
+# source: the archives with their sha256, or whom to ask; into: the folder in --root that they unpack into
+Source = namedtuple("Source", "folders files classes train test source into", defaults=("",))
+SETS = {
+    "imagenet": Source(
+        "ILSVRC/Data/CLS-LOC Data/CLS-LOC", "train val", 1000, 1281167, 50000,
+        "get it from image-net.org or Kaggle (by registration; ILSVRC2012_img_train.tar and _val.tar)",
+    ),
+    "cub": Source("CUB_200_2011", BIRDS, 200, 5994, 5794, [
+        (f"{CALTECH}/CUB_200_2011.tgz", "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
+    ]),
+    "nabirds": Source(
+        "nabirds nabirds/nabirds", BIRDS, 555, 23929, 24633,
+        "get it from https://dl.allaboutbirds.org/nabirds (a form to agree to; nabirds.tar.gz)",
+    ),
+    "cars": Source(
+        "stanford_cars",
+        "devkit cars_train cars_test cars_test_annos_withlabels.mat|cars_annos.mat car_ims",
+        196, 8144, 8041,
+        "get it from a mirror (car_devkit.tgz, cars_train.tgz, cars_test.tgz, cars_test_annos_withlabels.mat;"
+        " the official pages are gone since 2023, see pytorch/vision#7545)",
+    ),
+    "aircraft": Source(
+        "fgvc-aircraft-2013b/data data", "images variants.txt images_box.txt", 100, 6667, 3333,
+        [(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+          "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75")],
+    ),
+    "flowers": Source("flowers-102", "jpg imagelabels.mat setid.mat", 102, 2040, 6149, [
+        (f"{OXFORD}/flowers/102/102flowers.tgz",
+         "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
+        (f"{OXFORD}/flowers/102/imagelabels.mat", ""),
+        (f"{OXFORD}/flowers/102/setid.mat", ""),
+    ], "flowers-102"),
+    "dogs": Source("ImageNetDogs", "Images train_list.mat test_list.mat", 120, 12000, 8580, [
+        (f"{STANFORD}/images.tar", "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+        (f"{STANFORD}/annotation.tar", "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
+        (f"{STANFORD}/lists.tar", "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c"),
+    ], "ImageNetDogs"),
+    "plant": Source(
+        "plant-pathology-2020-fgvc7 cassavaleafdata cassava-disease",
+        "train.csv images|train/cbb train/cbsd train/cgm train/cmd train/healthy", 5, 0, 0,
+        "get it from Kaggle (plant-pathology-2020-fgvc7, or cassava-disease: iCassava 2019)",
+    ),
+    "fmow": Source(
+        "fmow-rgb fmow", "train val", 62, 363572, 53473,
+        "get it from s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, 200 GB; aws s3 sync "
+        "--no-sign-request; its groundtruth.tar.bz2 has the labels of test)",
+    ),
+    "market1501": Source(
+        "Market-1501-v15.09.15", PERSONS, 751, 12936, 3368 + 15913,
+        "get it from its authors (Zheng et al., ICCV 2015; Market-1501-v15.09.15.zip)",
+    ),
+    "dukemtmc": Source(
+        "DukeMTMC-reID", PERSONS, 702, 16522, 2228 + 17661,
+        "its authors withdrew it in 2019: take a copy of DukeMTMC-reID.zip that you hold",
+    ),
+    "veri776": Source(
+        "VeRi", VEHICLES, 576, 37778, 1678 + 11579,
+        "get it from its authors (Liu et al., ECCV 2016; by e-mail)",
+    ),
+    "msmt17": Source(
+        "MSMT17_V1", "train test list_train.txt list_query.txt list_gallery.txt", 1041, 32621, 11659 + 82161,
+        "get it from its authors (Wei et al., CVPR 2018; a form to agree to; version 1)",
+    ),
 }
-DOWNLOADS = {name: source.archives for name, source in SOURCES.items() if source.archives and all(url for *_, url in source.archives)}
+
 
 
 def find(name, root):
-    """The folder of dataset `name`: root or root/<official folder>. Raises FileNotFoundError that says what is missing and where to get it."""
-    root, source = Path(root), SOURCES[name]
-    tried = []  # (number of files found, folder, files missing)
-    for base in (root, *(root / folder for folder in source.folders)):
-        for layout in source.layouts:
-            lost = [file for file in layout if not (base / file).exists()]
-            if not lost:
-                return base
-            tried.append((len(layout) - len(lost), str(base), lost))
-    found, base, lost = max(tried, key=lambda t: t[0])
-    given = f"{base} lacks {', '.join(lost)}" if found else f"it is not in {' nor in '.join(dict.fromkeys(base for _, base, _ in tried))}"
-    layouts = " or ".join(f"{source.folders[0]}/{{{', '.join(layout)}}}" for layout in source.layouts)
-    raise FileNotFoundError(f"--data {name}: {given}; the layout is {layouts}; {how_to_get(name, root)}")
+    """The folder of an official set: root, or the official folder in it."""
+    source = SETS[name]
+    bases = [root] + [root / folder for folder in source.folders.split()]
+    layouts = [files.split() for files in source.files.split("|")]
+    tried = [
+        ([file for file in files if not (base / file).exists()], len(files), base)
+        for base in bases for files in layouts
+    ]
+    lost, _, base = min(tried, key=lambda t: len(t[0]) / t[1])  # the first that lacks the smallest share
+    if lost:
+        raise FileNotFoundError(f"--data {name}: {base} lacks {', '.join(lost)}; {how_to_get(name, root)}")
+    return base
 
 
 def how_to_get(name, root):
-    """Where to ask for a dataset, its archives with size and hash, and the commands that unpack them."""
-    source, listed, commands = SOURCES[name], [], []
-    for file, size, digest, _ in source.archives or (("ARCHIVE", 0, "", ""),):
-        facts = [f"{size:,} bytes"] * bool(size) + [f"{hash_kind(digest)} {digest}"] * bool(digest)
-        listed += [f"{file} ({', '.join(facts)})" if facts else file]
-        if not file.endswith(".mat"):
-            commands.append(f"{'unzip {} -d {}' if file.endswith('.zip') else 'tar -xf {} -C {}'}".format(file, Path(root) / source.into))
-    commands = ([f"mkdir -p {Path(root) / source.into}"] if source.into else []) + commands
-    unpacking = f"{', '.join(listed)}; {' && '.join(commands)}" if name != "fmow" else "no archive: a tree of files"
-    return f"source: {source.page}: {unpacking}" + ("; or add --download" if name in DOWNLOADS else "")
+    """Where an official set comes from, and where to put it."""
+    source = SETS[name].source
+    if isinstance(source, list):
+        source = f"add --download, or get it from {' '.join(url for url, _ in source)}"
+    return f"{source} and unpack it into {root}, as {SETS[name].folders.split()[0]}"
 
 
-def read_mat(source):
-    """Variables of a MATLAB level 5 file (a path or its bytes): numbers -> array in their storage type, text -> str (a list of rows for
-    a matrix of text), cell -> object array, struct array -> dict field -> object array.
-
-    The file is not trusted: ValueError for whatever is damaged, foreign, nested over 8 deep, or larger in memory than 8 times the
-    file. (Small files may take 32 MiB: the labels of Flowers unpack to 16 times their file, those of Cars to more.)
-    """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    left, order = max(8 * len(data), 2**25), {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    numbers = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-    codecs = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
-
-    def spend(size):
-        nonlocal left
-        left -= size
-        if left < 0:
-            raise ValueError("it needs far more memory than a file of its size should")
-
-    def elements(view):  # (type, payload) of each data element
-        at = 0
-        while at < len(view):
-            kind, size = struct.unpack_from(order + "II", view, at)
-            small = kind >> 16  # size and at most 4 bytes of payload in the 8 bytes of the tag
-            begin, kind, size = (at + 4, kind & 0xFFFF, small) if small else (at + 8, kind, size)
-            if begin + size > len(view) or small > 4:
-                raise ValueError("an element is longer than what holds it")
-            yield kind, view[begin : begin + size]
-            at = at + 8 if small else begin + size + (-size % 8 if kind != 15 else 0)  # 15: compressed, not padded
-
-    def matrix(view, depth=0):  # payload of a matrix element (type 14) -> name, value
-        spend(256)  # about what a small array takes
-        if not len(view):
-            return "", np.zeros((0, 0))
-        parts = elements(view)
-        flags = struct.unpack_from(order + "I", next(parts)[1])[0]
-        dims = np.frombuffer(next(parts)[1], order + "i4")
-        name, kind = str(next(parts)[1], "ascii"), flags & 0xFF
-        if depth > 8 or not 2 <= dims.size <= 32 or dims.min() < 0:
-            raise ValueError("a matrix is nested too deep or has impossible dimensions")
-        dims, fields = dims.tolist(), [""]
-        count = math.prod(dims)
-        if kind == 2:
-            width, names = struct.unpack(order + "i", next(parts)[1])[0], bytes(next(parts)[1])
-            spend(256 * (len(names) // max(1, width)))
-            fields = [names[i : i + width].split(b"\0")[0].decode("ascii") for i in range(0, len(names), width)]
-        if kind in (1, 2):  # cell, struct: one matrix for each entry, all fields of an entry together
-            if 8 * count * len(fields) > len(view):
-                raise ValueError("it announces more entries than it holds")
-            values = np.empty(count * len(fields), object)
-            for i in range(len(values)):
-                inner, payload = next(parts)
-                if inner != 14:
-                    raise ValueError("an entry is no matrix")
-                values[i] = matrix(payload, depth + 1)[1]
-            columns = {field: values[i :: len(fields)].reshape(dims, order="F") for i, field in enumerate(fields)}
-            return name, columns[""] if kind == 1 else columns
-        storage, payload = next(parts)
-        if kind == 4:
-            spend(4 * len(payload) + 64 * (dims[0] if count else 0))
-            text = str(payload, codecs[storage] + ("" if storage in (1, 2, 16) else "-le" if order == "<" else "-be"))
-            if dims[0] > 1 and len(text) != count:
-                raise ValueError("a text has another length than its dimensions")
-            return name, [text[i :: dims[0]] for i in range(dims[0])] if dims[0] > 1 and count else text
-        if not 6 <= kind <= 15 or flags & 0x800:
-            raise ValueError("it holds complex, sparse or object arrays, which no dataset here uses")
-        spend(len(payload))
-        array = np.frombuffer(payload, order + numbers[storage])
-        return name, array.astype(array.dtype.newbyteorder("=")).reshape(dims, order="F")
-
+@contextlib.contextmanager
+def reading(path):
+    """The bytes of a file of a set; whatever is wrong with them inside becomes an error that names it."""
     try:
-        if order is None or struct.unpack_from(order + "H", data, 124) != (0x100,):
-            raise ValueError("it does not start as one; version 7.3 files are HDF5: save them with -v7")
-        variables = {}
-        for kind, payload in elements(memoryview(data)[128:]):
-            if kind == 15:  # zlib holding one whole element
-                stream = zlib.decompressobj()
-                payload = stream.decompress(payload, max(1, left // 3))  # zlib holds its output twice over for a moment
-                spend(len(payload))
-                if not stream.eof:
-                    raise ValueError("a compressed element is cut short, or unpacks to far more than its size")
-                kind, payload = next(elements(memoryview(payload)))
-            if kind == 14:
-                name, value = matrix(payload)
-                variables[name] = value
-        return variables
-    except (ValueError, KeyError, StopIteration, struct.error, zlib.error) as error:
-        raise ValueError(f"{'these bytes' if isinstance(source, bytes) else source}: damaged or no MATLAB level 5 file ({error or type(error).__name__}); {AGAIN}") from None
+        yield path.read_bytes()
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}"[:400]) from None
 
 
-def check(name, splits, recipe):
-    """Raises for listed photos that are missing or come twice and for class numbers out of range; warns of a full set with a wrong count.
+class Lines(dict):
+    """Lines "key rest" of a text file as key -> kind(rest); a key that it lacks is an error that names it."""
 
-    A set with less than nine tenths of the published images in train and in test is taken for a subset, and is fine.
+    def __init__(self, path, kind=str, separator=" "):
+        self.path = path
+        with reading(path) as content:
+            for line in content.decode("utf-8-sig", "replace").split("\n"):
+                key, _, rest = line.strip().partition(separator)
+                if key:
+                    self[key] = kind(rest.strip())
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.path} has no line for {key}")
+
+
+def four(values):
+    """Four texts or numbers -> floats; what no photo can have is refused."""
+    numbers = tuple(map(float, values))
+    if len(numbers) != 4 or not all(abs(number) < 1e6 for number in numbers):
+        raise ValueError(f"not the four numbers of a box: {values}")
+    return numbers
+
+
+def four_of_text(text):
+    """Text of four numbers -> floats."""
+    return four(text.split())
+
+
+def read_mat(data):
+    """Bytes of a MATLAB level 5 file -> {variable: array, str, list (cell), dict of lists (struct array)}.
+
+    Written here because scipy is not a package of ours; reads what Cars, Dogs and Flowers use, and no more.
     """
-    folders, seen, lost = {}, set(), []
-    for split in (splits.train, splits.val, splits.test) if name in SOURCES else ():
-        for path, label in zip(split.paths, split.labels) if split else ():
-            folder, file = os.path.split(path)
-            if folder not in folders:
-                folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if file not in folders[folder]:
-                lost.append(path)
-            if path in seen:
-                raise ValueError(f"--data {name}: {path} is listed twice; {AGAIN}, or correct the list")
-            if not 0 <= label < len(splits.classes) and split.query is None:
-                raise ValueError(f"--data {name}: {path} has class number {label + 1}, but there are {len(splits.classes)} classes; {AGAIN}")
-            seen.add(path)
-    if lost:
-        raise FileNotFoundError(f"--data {name}: {lost[0]} is listed but not there ({len(lost)} of {len(seen)} photos are missing); {AGAIN}, or correct the list")
-    if not (len(splits.train) and len(splits.test)):
-        raise ValueError(f"--data {name}: the {'test' if len(splits.train) else 'training'} split has no photos; {AGAIN}")
-    classes, train, test, *alone = PUBLISHED[name]
-    published = {"classes": classes, "training images": alone[0] if alone and recipe.train_split == "train" else train, "test images": test}
-    found = dict(zip(published, (len(splits.classes), len(splits.train), len(splits.test))))
-    off = [f"{found[key]:,} {key} instead of {n:,}" for key, n in published.items() if found[key] != n]
-    if off and train and any(found[key] >= 0.9 * n for key, n in published.items() if key != "classes"):
-        warnings.warn(f"--data {name}: {', '.join(off)} as published; {AGAIN}, or ignore this if the set was changed on purpose", stacklevel=3)
+    dtypes = "- i1 u1 <i2 <u2 <i4 <u4 <f4 - <f8 - - <i8 <u8".split()
+    codecs = {4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
+
+    def elements(view):  # (type, payload) one after the other; up to 4 bytes are packed into the tag itself
+        while view:
+            kind, size = struct.unpack_from("<II", view)
+            start = 8
+            if kind >> 16:
+                kind, size, start = kind & 0xFFFF, kind >> 16, 4
+            end = start + size
+            if end > len(view):
+                raise ValueError("it is cut short")
+            yield kind, view[start:end]
+            view = view[end if kind == 15 else end + -end % 8 :]  # 15 is compressed, and not padded
+
+    def matrix(view):  # payload of a matrix: flags, dimensions, name, then what the class says -> name, value
+        (_, flags), (_, dims), (_, name), *parts = elements(view)
+        kind, count, fields = flags[0], np.frombuffer(dims, "<i4").prod(), [""]
+        if kind > 2:
+            ((storage, stored),) = parts
+            codec = codecs.get(storage, "latin-1")
+            value = str(stored, codec) if kind == 4 else np.frombuffer(stored, dtypes[storage])
+        else:  # cell, struct array: one matrix for each entry, all fields of an entry together
+            if kind == 2:
+                _, (_, names), *parts = parts
+                fields = bytes(names).replace(b"\0", b" ").decode().split()
+            value = [matrix(inner)[1] for _, inner in parts]
+        if len(value) != count * len(fields):
+            raise ValueError("it holds more or fewer values than it says")
+        if kind == 2:
+            value = {field: value[i :: len(fields)] for i, field in enumerate(fields)}
+        return bytes(name).decode(), value
+
+    if data[124:128] != b"\0\1IM":
+        raise ValueError("no MATLAB level 5 file")
+    room, variables = 2**25, {}  # bytes that compressed variables may take; the official files need 2 MB
+    for kind, payload in elements(memoryview(data)[128:]):
+        if kind == 15:
+            payload = zlib.decompressobj().decompress(payload, room)
+            room -= len(payload) - 1
+            ((_, payload),) = elements(memoryview(payload))
+        name, value = matrix(payload)
+        variables[name] = value
+    return variables
 
 
-def rows(path):
-    """Lines "key rest of the line" of a text file -> dict key -> rest."""
-    held = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        key, _, rest = line.strip().partition(" ")
-        if key in held:
-            raise ValueError(f"{path}, line {number}: {key} comes a second time; {AGAIN}")
-        if key:
-            held[key] = rest.strip()
-    return held
+def columns(path, struct, texts, numbers=()):
+    """Variables of a .mat file, or fields of its struct array: a list of str or int each."""
+    with reading(path) as content:
+        held = read_mat(content)
+        held = held[struct] if struct else held
+        found = [list(map(str.strip, held[name])) for name in texts]
+        return found + [[int(value.item()) for value in held[name]] for name in numbers]
 
 
-def column(path, keys, kind=str):
-    """What the lines of `path` say about each of `keys`, read by `kind`."""
-    held = rows(path)
-    for key in keys:
-        if key not in held:
-            raise ValueError(f"{path} has no line for {key}; {AGAIN}")
-        try:
-            held[key] = kind(held[key])
-        except ValueError:
-            raise ValueError(f"{path}: cannot read the line of {key}: {held[key]!r}; {AGAIN}") from None
-    return [held[key] for key in keys]
+def splits_of(rows, keys, classes, note="", first=0, **more):
+    """Rows (side, path, key of the class[, box[, parts]]) -> Splits of the sides train, test and val.
+
+    first: the number of a box's first pixel; boxes that count from 1 also hold their last one.
+    """
+    def split(side):
+        held = [row for which, *row in rows if which == side]
+        if held:
+            paths, labels, *truth = zip(*held)
+            truth = [np.array(values, np.float32) - np.float32([first, first, 0, 0]) for values in truth]
+            return Split(list(paths), [keys.index(key) for key in labels], *truth, **more)
+
+    return Splits(split("train"), split("test"), classes, split("val"), note)
 
 
-def four(text):
-    """Text of four numbers -> four floats."""
-    x, y, z, w = (float(v) for v in text.split())
-    return x, y, z, w
+def load_imagenet(base, recipe):
+    """ILSVRC2012: folders of wnids in train and val; of Kaggle's val, LOC_val_solution.csv has the labels."""
+    kaggle = {path.name: path for folder in (base, *base.parents[:3]) for path in folder.glob("LOC_*")}
+    train, wnids = class_folders(base / "train")
+    if "LOC_val_solution.csv" in kaggle and not folders_in(base / "val"):
+        labels, paths = Lines(kaggle["LOC_val_solution.csv"], separator=","), photos_in(base / "val")
+        test = Split(paths, [wnids.index(labels[Path(path).stem].split()[0]) for path in paths])
+    else:
+        test, _ = class_folders(base / "val", wnids)
+    names = {}
+    if len(wnids) == 1000:
+        names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # are in the order of the wnids
+    elif "LOC_synset_mapping.txt" in kaggle:
+        names = Lines(kaggle["LOC_synset_mapping.txt"], lambda rest: rest.split(",")[0])
+    return Splits(train, test, [names.get(wnid, wnid) for wnid in wnids])
 
 
-def mat_values(path, *names):
-    """Variables ("labels") and fields of struct arrays ("annotations.class") of a .mat file, each as a list of ints, or of texts for names."""
-    held, columns = read_mat(path), []
-    for name in names:
-        value, kind = held, str if name.endswith(("name", "_path", "_list", "_names")) else int
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, np.ndarray):
-            raise ValueError(f"{path} has no {name}; {AGAIN}")
-        try:
-            columns.append([v if isinstance(v, str) else int(np.asarray(v).item()) for v in value.ravel(order="F")])
-            if not all(isinstance(v, kind) for v in columns[-1]):
-                raise TypeError
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}: {name} does not hold one {'text' if kind is str else 'number'} each; {AGAIN}") from None
-    return columns
-
-
-def load_birds(name, root, recipe):
-    """CUB-200-2011 and NABirds, whose files are alike: joined by image id; the classes are the ids in use, in ascending order; boxes x y w h."""
-    base = find(name, root)
-    paths = rows(base / "images.txt")
-    ids = sorted(paths, key=lambda i: (len(i), i))
-    class_ids, train = column(base / "image_class_labels.txt", ids, int), column(base / "train_test_split.txt", ids, ("0", "1").index)
-    used = sorted(set(class_ids))
-    classes = [re.sub(r"^\d+\.", "", c).replace("_", " ") for c in column(base / "classes.txt", [str(i) for i in used])]
-    boxes = np.array(column(base / "bounding_boxes.txt", ids, four), np.float32).reshape(-1, 4)
+def load_birds(base, recipe):
+    """CUB-200-2011 and NABirds: files joined by image id; the classes are the ids in use; boxes x y w h."""
+    paths, names = Lines(base / "images.txt"), Lines(base / "classes.txt")
+    class_of = Lines(base / "image_class_labels.txt", int)
+    box = Lines(base / "bounding_boxes.txt", four_of_text)
+    side = Lines(base / "train_test_split.txt", {"0": "test", "1": "train"}.__getitem__)
+    ids, used = sorted(paths, key=lambda i: (len(i), i)), sorted(set(class_of.values()))
+    boxes = np.array([box[i] for i in ids], np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    label = {c: i for i, c in enumerate(used)}
-    everything = Split([str(base / "images" / paths[i]) for i in ids], [label[c] for c in class_ids], boxes, **bird_parts(base, ids, boxes))
-    return Splits(*(everything.take([i for i, t in enumerate(train) if t == side]) for side in (1, 0)), classes)
+    classes = [re.sub(r"^\d+\.", "", names[str(c)]).replace("_", " ") for c in used]
+    parts, about = bird_parts(base, ids, boxes)
+    rows = [
+        (side[i], f"{base}/images/{paths[i]}", class_of[i], *truth) for i, *truth in zip(ids, boxes, *parts)
+    ]
+    return splits_of(rows, used, classes, **about)
 
 
 def bird_parts(base, ids, boxes):
-    """parts/part_locs.txt as boxes: squares about each visible point, a tenth of the object box's longer side (at least a pixel) to each
-    side, which is the distance that PCK at 0.1 allows; nan where not visible."""
-    file = base / "parts/part_locs.txt"
+    """Squares about the points of parts/part_locs.txt -> ([parts (n, P, 4)], what they are).
+
+    They reach a tenth of the object's longer side (PCK at 0.1), at least a pixel, to each side; nan: unseen.
+    """
+    file, points = base / "parts/part_locs.txt", {}
     if not file.exists():
-        return {}
-    names = rows(base / "parts/parts.txt")
-    place, number = {part: k for k, part in enumerate(sorted(names, key=int))}, {image: i for i, image in enumerate(ids)}
-    parts = np.full((len(ids), len(names), 4), np.nan, np.float32)
-    reach = np.maximum(1.0, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1)) if len(boxes) else boxes
-    for count, line in enumerate(open(file), 1):
-        try:
+        return [], {}
+    with reading(file) as content:
+        for line in content.decode().splitlines():
             image, part, x, y, visible = line.split()
-            if visible == "1" and image in number:
-                i, x, y = number[image], float(x), float(y)
-                parts[i, place[part]] = x - reach[i], y - reach[i], x + reach[i], y + reach[i]
-        except (ValueError, KeyError):
-            raise ValueError(f"{file}, line {count}: {line.strip()!r} is not `image part x y visible`; {AGAIN}") from None
-    return {"parts": parts, "part_names": tuple(names[p] for p in place), "signature": (True,) * len(names)}
+            if visible == "1":
+                points[image, part] = four((x, y, x, y))
+    names = Lines(base / "parts/parts.txt")
+    order = sorted(names, key=int)
+    unseen = [np.nan] * 4
+    centre = np.array([[points.get((image, part), unseen) for part in order] for image in ids], np.float32)
+    reach = np.maximum(1, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1))
+    about = {"part_names": tuple(names[part] for part in order), "signature": (True,) * len(order)}
+    return [centre + reach[:, None, None] * np.float32([-1, -1, 1, 1])], about
 
 
-def load_cars(root, recipe):
-    """Stanford Cars: the original layout (devkit), the combined one (car_ims, cars_annos.mat), or class folders. Boxes count from 1 and hold their last pixel."""
-    base, keys = find("cars", root), [f"annotations.{k}" for k in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")]
-
-    def split(folder, records):  # (file name, x1, y1, x2, y2, class)
-        records = sorted(records)
-        boxes = np.array([r[1:5] for r in records], np.float32).reshape(-1, 4) - np.float32([1, 1, 0, 0])
-        return Split([str(folder / r[0]) for r in records], [r[5] - 1 for r in records], boxes)
-
-    folders = [base / f for f in ("cars_train", "cars_test", "train", "test") if (base / f).exists()]
-    if (base / "cars_annos.mat").exists():
-        meta = base / "cars_annos.mat"
-        test, *records = mat_values(meta, "annotations.test", "annotations.relative_im_path", *keys)
-        train, test = (split(base, [r for r, t in zip(zip(*records), test) if bool(t) == side]) for side in (False, True))
-    elif not (base / "devkit").exists() and folders_in(folders[0]):
-        train, classes = class_folders(folders[0])
-        return Splits(train, class_folders(folders[1], classes)[0], classes)
+def load_cars(base, recipe):
+    """Stanford Cars, original (devkit) or combined (car_ims)."""
+    keys, names, rows = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class"], base / "cars_annos.mat", []
+    if names.exists():
+        for file, *box, c, test in zip(*columns(names, "annotations", ["relative_im_path"], [*keys, "test"])):
+            rows.append(("test" if test else "train", f"{base}/{file}", c, box))
     else:
-        labelled, meta = "cars_test_annos_withlabels.mat", base / "devkit/cars_meta.mat"
-        files = [base / "devkit/cars_train_annos.mat", meta, base / labelled if (base / labelled).exists() else base / "devkit" / labelled]
-        lost = [str(file) for file in files if not file.exists()]
-        if lost:
-            raise FileNotFoundError(f"--data cars: {', '.join(lost)} is missing (cars_test_annos.mat has no labels: {labelled} is needed beside it); {how_to_get('cars', root)}")
-        train, test = (split(base / f"cars_{side}", zip(*mat_values(file, "annotations.fname", *keys))) for side, file in (("train", files[0]), ("test", files[2])))
-    return Splits(train, test, *mat_values(meta, "class_names"))
+        names = base / "devkit/cars_meta.mat"
+        mats = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+        for side, mat in mats.items():
+            for file, *box, c in zip(*columns(base / mat, "annotations", ["fname"], keys)):
+                rows.append((side, f"{base}/cars_{side}/{file}", c, box))
+    (classes,) = columns(names, "", ["class_names"])
+    return splits_of(sorted(rows), range(1, len(classes) + 1), classes, first=1)
 
 
-def load_aircraft(root, recipe):
-    """FGVC-Aircraft 2013b, 100 variants in the order of variants.txt. Boxes count from 1 and hold their last pixel."""
-    base = find("aircraft", root)
-    classes = [line.strip() for line in (base / "variants.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
-
-    def split(name):
-        file = base / f"images_variant_{name}.txt"
-        ids = sorted(rows(file))
-        boxes = np.array(column(base / "images_box.txt", ids, four), np.float32).reshape(-1, 4) - np.float32([1, 1, 0, 0])
-        return Split([str(base / "images" / f"{i}.jpg") for i in ids], column(file, ids, classes.index), boxes, banner=20 * recipe.crop_banner)
-
-    return Splits(split(recipe.train_split), split("test"), classes, split("val") if recipe.train_split == "train" else None)
+def load_aircraft(base, recipe):
+    """FGVC-Aircraft 2013b, 100 variants in the order of variants.txt."""
+    classes = (base / "variants.txt").read_text().splitlines()
+    boxes, rows = Lines(base / "images_box.txt", four_of_text), []
+    for side, name in (("train", "train"), (val_side(recipe), "val"), ("test", "test")):
+        for image, variant in Lines(base / f"images_variant_{name}.txt").items():
+            rows.append((side, f"{base}/images/{image}.jpg", variant, boxes[image]))
+    return splits_of(sorted(rows), classes, classes, first=1, banner=20 * recipe.crop_banner)
 
 
-def load_flowers(root, recipe):
-    """Flowers-102: trained on trnid and valid (or trnid alone), tested on tstid; some copies of the code swap them."""
-    base = find("flowers", root)
-    labels, = mat_values(base / "imagelabels.mat", "labels")
-
-    def split(*names):
-        images = sorted(sum(mat_values(base / "setid.mat", *names), []))
-        if images and not 1 <= images[0] <= images[-1] <= len(labels):
-            raise ValueError(f"{base / 'setid.mat'}: {', '.join(names)} lists image {images[0]} to {images[-1]} of {len(labels)} in imagelabels.mat; {AGAIN}")
-        return Split([str(base / "jpg" / f"image_{i:05d}.jpg") for i in images], [labels[i - 1] - 1 for i in images])
-
-    whole = recipe.train_split == "trainval"
-    return Splits(split("trnid", "valid") if whole else split("trnid"), split("tstid"), list(Flowers102.classes), None if whole else split("valid"))
+def load_flowers(base, recipe):
+    """Flowers-102: trained on trnid and valid (or trnid alone), tested on tstid; some codes swap them."""
+    (labels,) = columns(base / "imagelabels.mat", "", [], ["labels"])
+    numbers = columns(base / "setid.mat", "", [], ["trnid", "valid", "tstid"])
+    if max(map(max, numbers)) > len(labels):
+        raise ValueError("setid.mat lists images that imagelabels.mat has not")
+    sides = zip(("train", val_side(recipe), "test"), numbers)
+    rows = [(side, f"{base}/jpg/image_{i:05d}.jpg", labels[i - 1]) for side, images in sides for i in images]
+    return splits_of(sorted(rows), range(1, 103), Flowers102.classes)
 
 
-def load_dogs(root, recipe):
-    """Stanford Dogs: train_list and test_list (.mat, or .txt with a path first on each line); boxes from Annotation, the largest dog of a photo."""
-    base = find("dogs", root)
-
-    def listed(side):
-        file = base / f"{side}_list.mat"
-        return sorted(mat_values(file, "file_list")[0] if file.exists() else rows(file.with_suffix(".txt")))
-
-    def split(files):
-        boxes = np.array([dog_box(base / "Annotation" / file.rsplit(".", 1)[0]) for file in files], np.float32) if (base / "Annotation").exists() else None
-        return Split([str(base / "Images" / file) for file in files], [label[file.split("/")[0]] for file in files], boxes)
-
-    train, test = listed("train"), listed("test")
-    label = {folder: i for i, folder in enumerate(sorted({file.split("/")[0] for file in train + test}))}
-    classes = [folder.partition("-")[2].replace("_", " ") for folder in label]
-    return Splits(split(train), split(test), classes, note="all its photos, those of the test too, are in ImageNet's training set: weights trained there have seen them")
+def val_side(recipe):
+    """Where the official validation images go."""
+    return "train" if recipe.train_split == "trainval" else "val"
 
 
-def dog_box(path):
-    """Largest box of a VOC annotation -> (x1, y1, x2, y2)."""
-    try:
-        found = [[float(box.find(key).text) for key in ("xmin", "ymin", "xmax", "ymax")] for box in ElementTree.parse(path).iter("bndbox")]
-        return max(found, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no object box; {AGAIN}, or remove the folder Annotation to go without boxes") from None
+def load_dogs(base, recipe):
+    """Stanford Dogs: the official lists; boxes from Annotation, the largest dog of a photo."""
+    rows, annotations = [], base / "Annotation"
+    for side in ("train", "test"):
+        for file in columns(base / f"{side}_list.mat", "", ["file_list"])[0]:
+            rows.append([side, f"{base}/Images/{file}", file.split("/")[0]])
+            if annotations.exists():
+                with reading(annotations / file.rsplit(".", 1)[0]) as content:
+                    dogs, keys = ElementTree.fromstring(content), ("xmin", "ymin", "xmax", "ymax")
+                    boxes = [four(dog.find(key).text for key in keys) for dog in dogs.iter("bndbox")]
+                    rows[-1].append(max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])))
+    breeds = sorted({row[2] for row in rows})
+    classes = [breed.partition("-")[2].replace("_", " ") for breed in breeds]
+    note = "all its photos, those of test too, are in ImageNet's training set: weights from there saw them"
+    return splits_of(sorted(rows), breeds, classes, note)
 
 
-def load_plant(root, recipe):
+def load_plant(base, recipe):
     """Plant Pathology 2020 (train.csv, 4 classes) or iCassava 2019 (train/cbb, cbsd, cgm, cmd, healthy).
 
-    The paper calls its set Plant Pathology, but the 5 classes and 9,436 images of its Table 1 are those of iCassava. The test labels of
-    both competitions are hidden: a fifth of each class of the labelled photos is the test split, unless iCassava comes with labelled
-    test and validation folders (cassavaleafdata.zip).
+    The paper calls its set Plant Pathology, but the 5 classes and 9,436 images of its Table 1 are iCassava's.
+    The test labels of both are hidden: a fifth of each class is the test split, if there is no folder of it.
     """
-    base, hidden = find("plant", root), "its test labels are hidden, so a fifth of each class of the labelled photos is the test split"
-    table = base / "train.csv"
-    if not table.exists():
+    table, version = base / "train.csv", "iCassava 2019"
+    if table.exists():
+        version = "Plant Pathology 2020"
+        with reading(table) as content:
+            (head, *classes), *lines = (line.split(",") for line in content.decode("utf-8-sig").split())
+            if head != "image_id":
+                raise ValueError("it is not that of Plant Pathology 2020 (2021 has several labels a photo)")
+            marks = np.eye(len(classes), dtype=int).astype(str).tolist()  # a single 1 in each line
+            rows = [("train", f"{base}/images/{image}.jpg", line) for image, *line in sorted(lines)]
+            train = splits_of(rows, marks, classes).train
+    else:
         train, classes = class_folders(base / "train")
-        if (base / "test" / classes[0]).is_dir():
-            test, val = (class_folders(base / d, classes)[0] if (base / d).is_dir() else None for d in ("test", "validation"))
-            return Splits(train, test, classes, val, "iCassava 2019")
-        return Splits(*cut(train, 0.2), classes, note=f"iCassava 2019; {hidden}")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        (head, *classes), *lines = [line for line in csv.reader(file) if line] or [[""]]
-    if head != "image_id":
-        raise ValueError(f"{table} begins with {head!r}, not image_id: not Plant Pathology 2020 (that of 2021 has several labels a photo); use that of 2020, or iCassava 2019")
-    labels = {}
-    for image, *marks in lines:
-        if sorted(marks) != ["0"] * (len(classes) - 1) + ["1"] or image in labels:
-            raise ValueError(f"{table}: the line of {image} must come once and have a single 1 among {len(classes)} columns, not {','.join(marks)}; {AGAIN}")
-        labels[image] = marks.index("1")
-    everything = Split([str(base / "images" / f"{i}.jpg") for i in sorted(labels)], [labels[i] for i in sorted(labels)])
-    if len(labels) != 1821 and len(labels) >= 0.9 * 1821:
-        warnings.warn(f"--data plant: {table} has {len(labels):,} images instead of 1,821 as published; {AGAIN}", stacklevel=3)
-    return Splits(*cut(everything, 0.2), classes, note=f"Plant Pathology 2020; {hidden}")
+    if (base / "test" / classes[0]).exists():
+        test, val = (class_folders(base / side, classes)[0] for side in ("test", "validation"))
+        return Splits(train, test, classes, val, version)
+    note = f"{version}; its test labels are hidden: a fifth of each labelled class is the test split"
+    return Splits(*hold_out(train, 0.2), classes, note=note)
 
 
-def load_fmow(root, recipe):
-    """fMoW-rgb: train, val, and test as test_gt_mapping.json labels it (without that file, val is the test split). One box a photo: the
-    first of the photo's class that is over 2 pixels wide and high; a photo without one is kept whole. Read only with recipe.boxes."""
-    base = find("fmow", root)
-    classes = [d.name for d in folders_in(base / "train") if d.name != "false_detection"]
-    label = {c: i for i, c in enumerate(classes)}
-
-    def split(photos):  # (photo, class, JSON file)
-        photos = sorted((p, c, j) for p, c, j in photos if c != "false_detection")
-        unknown = next((c for _, c, _ in photos if c not in label), None)
-        if unknown:
-            raise ValueError(f"{base}: {unknown} is no class folder of train; {AGAIN}")
-        boxes = np.array([fmow_box(j, c) for _, c, j in photos], np.float32).reshape(-1, 4) if recipe.boxes else None
-        return Split([str(p) for p, _, _ in photos], [label[c] for _, c, _ in photos], boxes, context=True)
-
-    train, val = (split((p, p.parts[-3], p.with_suffix(".json")) for p in (base / side).glob("*/*/*_rgb.jpg")) for side in ("train", "val"))
-    mapping = base / "test_gt_mapping.json"
+def load_fmow(base, recipe):
+    """fMoW-rgb: train, val, and test as test_gt_mapping.json labels it (without it, val is test)."""
+    photos = [
+        (side, photo, photo.parts[-3], photo.with_suffix(".json"))
+        for side in ("train", "val") for photo in base.glob(f"{side}/*/*/*_rgb.jpg")
+    ]
+    truth = base / "groundtruth" if (base / "groundtruth").exists() else base
+    mapping = truth / "test_gt_mapping.json"
+    if mapping.exists():
+        with reading(mapping) as content:
+            for pair in json.loads(content):
+                given = truth / pair["input"]
+                for photo in base.glob(f"{pair['output']}/*_rgb.jpg"):
+                    file = given / f"{given.name}_{photo.stem.split('_', 1)[1]}.json"
+                    photos.append(("test", photo, given.parent.name, file))
+    rows = [
+        (side, str(photo), category, *([fmow_box(file, category)] if recipe.boxes else []))
+        for side, photo, category, file in sorted(photos) if category != "false_detection"
+    ]
+    classes = sorted({category for side, _, category, *_ in rows if side == "train"})
+    splits = splits_of(rows, classes, classes, context=True)
     if not mapping.exists():
-        return Splits(train, val, classes, note="there is no test_gt_mapping.json: val is the test split")
-    try:
-        pairs = [(PurePosixPath(pair["input"]), PurePosixPath(pair["output"])) for pair in json.loads(mapping.read_text())]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{mapping} is no list of input and output; {AGAIN}") from None
-    photos = [(p, given) for given, output in pairs for p in (base / output).glob("*_rgb.jpg")]
-    test = split((p, given.parent.name, base / given / f"{given.name}_{p.stem.split('_', 1)[1]}.json") for p, given in photos)
-    return Splits(train, test, classes, val)
+        note = "no test_gt_mapping.json (of groundtruth.tar.bz2 in the tree's root): val is the test split"
+        splits = Splits(splits.train, splits.val, classes, note=note)
+    return splits
 
 
 def fmow_box(path, category):
-    """Box of a category in a photo's JSON, or None where there is no usable one."""
-    try:
-        held = json.loads(path.read_text())["bounding_boxes"]
+    """A photo's first box of a category over 2 pixels wide and high, else one over all edges."""
+    with reading(path) as content:
+        held = json.loads(content)["bounding_boxes"]
         for entry in [held] if isinstance(held, dict) else held:
-            x, y, w, h = (float(v) for v in entry["box"])
+            x, y, w, h = four(entry["box"])
             if entry["ID"] != -1 and entry["category"] == category and min(w, h) > 2:
                 return x, y, x + w, y + h
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no bounding_boxes can be read ({error}); {AGAIN}, or train with --no-boxes") from None
-    return 0, 0, 1e6, 1e6  # reaches over every edge: the whole photo
+    return 0, 0, 1e6, 1e6
+
+
+def reid(sides, camera):
+    """Identities by path of train, query, gallery -> Splits; those of train are counted from 0.
+
+    Junk (identity -1) is dropped; distractors (0 in Market-1501) stay. camera: where a file's name has it.
+    """
+    train, query, gallery = (
+        sorted((path, person, number_in(path, camera)) for path, person in side.items() if person != -1)
+        for side in sides
+    )
+    if not (train and query and gallery):
+        raise ValueError(f"{len(train)} photos in train, {len(query)} in query, {len(gallery)} in gallery")
+    paths, labels, cameras = map(list, zip(*query, *gallery))
+    test = Split(paths, labels, cameras=cameras, query=[True] * len(query) + [False] * len(gallery))
+    paths, labels, cameras = map(list, zip(*train))
+    used = sorted(set(labels))
+    return Splits(Split(paths, [used.index(i) for i in labels], cameras=cameras), test, list(map(str, used)))
+
+
+def number_in(path, pattern):
+    """The number that a photo's name has of an identity or a camera."""
+    match = re.match(pattern, os.path.basename(path))
+    if not match:
+        raise ValueError(f"{path} is not named like {pattern}")
+    return int(match[1])
+
+
+def load_named(files, base, recipe):
+    """Market-1501, DukeMTMC-reID, VeRi-776: photos named IDENTITY_cCAMERA..., as 0002_c1s1_000451_03.jpg."""
+    sides = [map(str, (base / folder).glob("*.jpg")) for folder in files.split()]
+    identities = [{path: number_in(path, r"(-?\d+)_c\d") for path in paths} for paths in sides]
+    return reid(identities, r"-?\d+_c(\d+)")
+
+
+def load_msmt17(base, recipe):
+    """MSMT17 version 1: lists of `path identity`; trained on train and val (TransReID), or on train alone.
+
+    Identities of train and test overlap as numbers, not as persons. 0000_000_01_...: the third is the camera.
+    """
+    def listed(folder, name):
+        return {f"{base}/{folder}/{path}": i for path, i in Lines(base / f"list_{name}.txt", int).items()}
+
+    train = listed("train", "train")
+    if val_side(recipe) == "train" and (base / "list_val.txt").exists():
+        train |= listed("train", "val")
+    return reid((train, listed("test", "query"), listed("test", "gallery")), r"\d+_\d+_(\d+)")
 
 
 def download(name, root):
-    """Fetch the official archives of `name` into the folder `root`, check their hashes and unpack them, unless that is done -> the dataset's folder."""
-    if name not in DOWNLOADS:
-        raise ValueError(f"--download can fetch {', '.join(DOWNLOADS)}, not {name}; " + (how_to_get(name, root or "DIR") if name in SOURCES else "leave it out"))
-    if root is None:
-        raise ValueError(f"--download needs a folder to unpack {name} into; add --root DIR")
-    folder = Path(root) / SOURCES[name].into
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = folder / f"{name}.unpacking"  # is there while an unpacking has begun and not ended
-    if not begun.exists():
-        try:
+    """Fetch and unpack the official archives of a set into `root`, unless that is done -> its folder."""
+    archives = SETS[name].source if name in SETS else "leave --download out"
+    if isinstance(archives, str) or not root:
+        free = "--download fetches cub, aircraft, flowers, dogs into --root DIR"
+        raise ValueError(f"--data {name} --root {root}: {free}; {'add it' if root is None else archives}")
+    root, folder = Path(root), Path(root, SETS[name].into)
+    begun = folder / f"{name}.unpacking"  # stands while an unpacking has begun and not ended
+    with contextlib.suppress(FileNotFoundError):
+        if not begun.exists():
             return find(name, root)
-        except FileNotFoundError:
-            pass
-    for file, _, digest, url in DOWNLOADS[name]:
-        if not (folder / file).exists() or hash_of(folder / file, hash_kind(digest)) != digest:
-            fetch_archive(url, folder / file, digest)
-    begun.touch()
-    for file, *_ in DOWNLOADS[name]:
-        if ".t" in file:
-            unpack(folder / file, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for url, sha256 in archives:
+        path = folder / os.path.basename(url)
+        try:
+            if not path.exists():
+                torch.hub.download_url_to_file(url, str(path), sha256)
+            if path.suffix != ".mat":
+                begun.touch()
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter="data")  # refuses what leads out of the folder
+        except Exception as error:  # of the net, the hash, the archive
+            advice = f"delete {path} if it is there, and run again or fetch it by hand"
+            raise ValueError(f"{url}: {error}; {advice}") from None
     begun.unlink()
     return find(name, root)
 
 
-def hash_kind(digest):
-    """md5 or sha256, by the digest's length."""
-    return "md5" if len(digest) == 32 else "sha256"
-
-
-def hash_of(path, kind):
-    """Hex digest of a file."""
-    digest = hashlib.new(kind)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fetch_archive(url, path, digest):
-    """Stream `url` to path.part, hashing it on the way, and move it to `path` if the hash is `digest`. Whatever goes wrong, no file is left behind."""
-    part, hashed, done = path.with_name(path.name + ".part"), hashlib.new(hash_kind(digest)), 0
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "Python"}), timeout=60) as source, open(part, "wb") as target:
-            total = int(source.headers.get("Content-Length") or 0)
-            while block := source.read(2**20):
-                hashed.update(block)
-                done += target.write(block)
-                if sys.stderr.isatty():
-                    print(f"{path.name}: {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB", end="\r" if done < total else "\n", file=sys.stderr)
-        if hashed.hexdigest() != digest:
-            raise ValueError(f"{url} gave {done:,} bytes with hash {hashed.hexdigest()} instead of {digest}: cut short or not the official file; "
-                             f"nothing was kept: run it again, or fetch it by hand to {path}")
-        os.replace(part, path)
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(f"could not download {url} ({error}); run it again, or fetch it by hand to {path}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def unpack(archive, folder):
-    """Write the files of a tar archive into `folder`. A link becomes a copy of the member that it names; ValueError for a link to anything
-    else, for a member that would lie outside `folder`, and for what is neither file nor folder."""
-    folder = Path(folder).resolve()
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                target = (folder / member.name).resolve()
-                if not target.is_relative_to(folder):
-                    raise ValueError(f"{archive}: {member.name!r} would be written outside {folder}: not an official archive; delete it")
-                if member.isdir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                source = tar.extractfile(member)
-                if source is None:
-                    raise ValueError(f"{archive}: {member.name!r} is neither file nor folder: not an official archive; delete it")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source, open(target, "wb") as out:
-                    shutil.copyfileobj(source, out)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, KeyError, RecursionError) as error:
-        raise ValueError(f"{archive}: damaged, or a link leads out of it ({error or type(error).__name__}); delete it and get it again") from None
-
-
-# ------------------------------------------------------------------------------------------------ re-identification
-
-
-def reid(name, train, query, gallery):
-    """Lists of (path, identity, camera) -> Splits: training identities numbered 0.. in ascending order, test identities as they are.
-    Junk (identity -1) is dropped; distractors (0 in Market-1501) stay in the gallery."""
-    train, query, gallery = (sorted(record for record in part if record[1] != -1) for part in (train, query, gallery))
-    if not (train and query and gallery):
-        raise ValueError(f"--data {name}: no photos in {'train' if not train else 'query' if not query else 'the gallery'}; {AGAIN}")
-    ids = sorted({identity for _, identity, _ in train})
-    label = {identity: i for i, identity in enumerate(ids)}
-
-    def split(records, labels, **more):
-        return Split([path for path, _, _ in records], labels, cameras=[camera for _, _, camera in records], **more)
-
-    test = split(query + gallery, [identity for _, identity, _ in query + gallery], query=[True] * len(query) + [False] * len(gallery))
-    return Splits(split(train, [label[identity] for _, identity, _ in train]), test, [str(i) for i in ids])
-
-
-def named_photos(folder):
-    """Photos of a folder whose names begin with identity and camera, as 0002_c1s1_000451_03.jpg, -1_c3s2_..., 0002_c020_...jpg."""
-    records = []
-    for path in folder.glob("*.jpg"):
-        match = re.match(r"(-?\d+)_c(\d+)", path.name)
-        if not match:
-            raise ValueError(f"{path} is not named IDENTITY_cCAMERA...; {AGAIN}, or remove the file")
-        records.append((str(path), int(match[1]), int(match[2])))
-    return records
-
-
-def load_named(name, root, recipe):
-    """Market-1501, DukeMTMC-reID and VeRi-776: folders of train, query and gallery."""
-    base = find(name, root)
-    return reid(name, *(named_photos(base / folder) for folder in SOURCES[name].layouts[0]))
-
-
-def load_msmt17(root, recipe):
-    """MSMT17 version 1: lists of `path identity`; trained on its train and val lists (DCAL compares with that), or on train alone.
-    Identities of train and test overlap as numbers, not as persons."""
-    base = find("msmt17", root)
-
-    def listed(folder, *lists):
-        records = []
-        for file in (base / f"list_{name}.txt" for name in lists):
-            for path, identity in rows(file).items():
-                try:
-                    records.append((str(base / folder / path), int(identity), int(os.path.basename(path).split("_")[2])))
-                except (ValueError, IndexError):
-                    raise ValueError(f"{file}: {path} {identity} is not `ID/ID_NUMBER_CAMERA_...jpg ID`; {AGAIN} (version 1)") from None
-        return records
-
-    whole = recipe.train_split == "trainval" and (base / "list_val.txt").exists()
-    return reid("msmt17", listed("train", *(("train", "val") if whole else ("train",))), listed("test", "query"), listed("test", "gallery"))
-
-
-class PKSampler:
-    """Batches of one epoch for triplet losses: lists of P * K indices, P different identities with K images each, one after the other.
-
-    Each identity's images are shuffled and cut into groups of K; what is left over sits out, and an identity with fewer than K images is
-    filled up by drawing from them again. The groups are dealt to as many batches as can be filled without an identity coming twice, so every
-    epoch has the same length (TransReID's loop ends when fewer than P identities are left, a little earlier or later each time).
-    Raises ValueError with fewer than P identities.
-    """
-
-    def __init__(self, ids, P, K, generator=None):
-        self.P, self.K, self.generator = P, K, generator
-        self.images = {}
-        for i, identity in enumerate(ids):
-            self.images.setdefault(identity, []).append(i)
-        if P < 1 or K < 1 or len(self.images) < P:
-            raise ValueError(f"batches of {P} identities x {K} images from {len(self.images)} identities: use --batch-size of at most {len(self.images) * K} with --instances {K}")
-        groups = [max(len(v), K) // K for v in self.images.values()]
-        low, high = 1, sum(groups) // P + 1  # the most batches: each identity fills a place in at most `batches` of them
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if sum(min(g, middle) for g in groups) >= middle * P else (low, middle)
-        self.batches = low
-
-    def __len__(self):
-        return self.batches
-
-    def __iter__(self):
-        shuffled = lambda n: torch.randperm(n, generator=self.generator).tolist()
-        groups = []
-        for images in self.images.values():
-            order = [images[j] for j in shuffled(len(images))]
-            if len(order) < self.K:
-                order += [images[j] for j in torch.randint(len(images), (self.K - len(order),), generator=self.generator).tolist()]
-            groups.append([order[j : j + self.K] for j in range(0, len(order) - self.K + 1, self.K)][: self.batches])
-        spare = [(a, b) for a, some in enumerate(groups) for b in range(len(some))]  # more groups than places: which sit out is drawn
-        out = {spare[j] for j in shuffled(len(spare))[self.batches * self.P :]}
-        dealt = [groups[a][b] for a in shuffled(len(groups)) for b in range(len(groups[a])) if (a, b) not in out]
-        for first in shuffled(self.batches):  # an identity's groups follow each other, at most `batches` of them: they fall into different batches
-            yield [i for group in dealt[first :: self.batches] for i in group]
-
-# ------------------------------------------------------------------------------------------------ toy birds
+DATASETS = {  # name -> reader(root, recipe) -> Splits; the root of an official set is its own folder
+    "toy": lambda root, recipe: load_toy(root, recipe),
+    "folder": load_folder,
+    "imagenet": load_imagenet,
+    "cub": load_birds,
+    "nabirds": load_birds,
+    "cars": load_cars,
+    "aircraft": load_aircraft,
+    "flowers": load_flowers,
+    "dogs": load_dogs,
+    "plant": load_plant,
+    "fmow": load_fmow,
+    "market1501": functools.partial(load_named, PERSONS),
+    "dukemtmc": functools.partial(load_named, PERSONS),
+    "veri776": functools.partial(load_named, VEHICLES),
+    "msmt17": load_msmt17,
+}
+# ------------------------------------------------------------------------------------------- toy birds
 #
-# A bird is some 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move a little against each
-# other, then all is turned, mirrored, scaled and placed. Six parts have four values each. The values of the signature parts are the
-# class; those of the other two are drawn at random: as easy to see, and worth nothing. Colours, pose, background and light say
-# nothing about the class. Values, plumage, scene and light have a random stream each, so a swapped part changes no other pixel.
+# A bird is some 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move
+# a little against each other, then all is turned, mirrored, scaled and placed. Six parts have four values
+# each. The values of the signature parts are the class; those of the other two are drawn at random: as easy
+# to see, and worth nothing. Colours, pose, background and light say nothing about the class. Values, plumage,
+# scene and light have a random stream each, so a swapped part changes no other pixel.
+#
+# Polygons are written "x y x y ...; ..."; a+bj stands for a + b * the preset's part scale, and "on x y rx ry
+# angle" is an ellipse of n points.
 
-PARTS = {  # part: its four values
-    "beak": ("cone", "dagger", "hooked", "upcurved"), "eye": ("plain", "ring", "stripe", "brow"), "crest": ("none", "spike", "feathers", "cap"),
-    "wing": ("plain", "bar", "bars", "patch"), "breast": ("plain", "spots", "streaks", "band"), "tail": ("square", "forked", "round", "wedge"),
+PARTS = {  # part: what it moves with; its four values, and the place where it is or would be
+    "beak": ("head", """
+        cone      .09 -.045j .12+.075j .012 .09 .055j
+        dagger    .09 -.03j .12+.17j .012 .09 .045j
+        hooked    .09 -.045j .12+.07j -.03j .12+.105j .015j .12+.095j .085j .12+.06j .03j .09 .045j
+        upcurved  .09 -.03j .12+.06j -.005j .12+.15j -.06j .12+.165j -.04j .12+.08j .035j .09 .05j
+        place     .1 -.065j .12+.18j -.065j .12+.18j .1j .1 .1j"""),
+    "eye": ("head", """
+        plain
+        ring      o24 .045 -.03 .05j .05j 0
+        stripe    -.085 -.035-.012j .115 -.025-.012j .115 -.02+.012j -.09 -.02+.014j
+        brow      -.055 -.055-.01j .03 -.085-.014j .095 -.062-.006j .09 -.05 .03 -.066 -.045 -.04
+        place     o24 .012 -.035 .108 .015+.05j 0"""),
+    "crest": ("head", """
+        none
+        spike     .03 -.11 -.04 -.12-.12j -.075 -.08
+        feathers  -.088 -.095 -.07-.0608951748j -.1-.1125558878j -.052 -.1;
+                  -.043 -.095 -.025-.0167597090j -.1-.1241010795j -.007 -.1;
+                  .002 -.095 .02+.0278137063j -.1-.1225083222j .038 -.1
+        cap       o10 -.02 -.105 .075j .05j -.15
+        place     -.135j -.12-.13j .06j -.12-.13j .06j -.08 -.135j -.08"""),
+    "wing": ("body", """
+        plain
+        bar       -.06 -.09 -.06+.03j -.095 -.08+.03j .058 -.08 .055
+        bars      -.015 -.09 -.015+.03j -.095 -.035+.03j .058 -.035 .055;
+                  -.105 -.09 -.105+.03j -.095 -.125+.03j .058 -.125 .055
+        patch     o10 -.065 -.02 .045j .04j 0
+        place     o24 -.08 -.03 .15 .1 .25"""),
+    "breast": ("body", """
+        plain
+        spots     o10 .12 .02 .017j .017j 0; o10 .17 -.01 .017j .017j 0; o10 .15 .075 .017j .017j 0;
+                  o10 .205 .045 .017j .017j 0; o10 .1 .11 .017j .017j 0; o10 .19 .11 .017j .017j 0
+        streaks   .1-.008j .05 .1+.008j .05 .1+.006j .05+.1j .1-.006j .05+.1j;
+                  .14-.008j .03 .14+.008j .03 .14+.006j .03+.1j .14-.006j .03+.1j;
+                  .18-.008j .015 .18+.008j .015 .18+.006j .015+.1j .18-.006j .015+.1j;
+                  .22-.008j 0 .22+.008j 0 .22+.006j .1j .22-.006j .1j
+        band      .06 .075 .245 -.03 .255 -.03+.032j .07 .075+.035j
+        place     o24 .16 .06 .105 .13 -.3"""),
+    "tail": ("tail", """
+        square    -.1 -.062 0 -.055 0 .055 -.1 .062 -.33 .07 -.33 -.07
+        forked    -.1 -.062 0 -.055 0 .055 -.1 .062 -.36 .1 -.22 0 -.36 -.1
+        round     -.1 -.062 0 -.055 0 .055 -.1 .062
+                  -.2 .085 -.28 .08 -.32 .045 -.335 0 -.32 -.045 -.28 -.08 -.2 -.085
+        wedge     -.1 -.062 0 -.055 0 .055 -.1 .062 -.2 .06 -.37 0 -.2 -.06
+        place     -.37 -.1 -.09 -.1 -.09 .1 -.37 .1"""),
 }
 SIGNATURE = ("beak", "eye", "wing", "breast")
+FIXED = {  # what every bird has, likewise
+    "left leg": ("body", "-.02 .17 -.002 .17 .01 .33 .05 .335 .05 .35 -.04 .35 -.008 .33"),
+    "right leg": ("body", ".06 .17 .078 .17 .09 .33 .13 .335 .13 .35 .04 .35 .072 .33"),
+    "room": ("body", "0 .17 .018 .17 .03 .33 .07 .335 .07 .35 -.02 .35 .012 .33"),  # kept free, not drawn
+    "body": ("body", "o24 0 0 .29 .185 -.12"),
+    "belly": ("body", "o24 .1 .075 .17 .1 -.35"),
+    "head": ("head", "o24 0 0 .125 .12 0"),
+    "back": ("body", ".1 -.06 .05 -.115 -.05 -.125 -.16 -.085 -.34 .03 -.24 .06 -.12 .085 0 .07 .075 .02"),
+    "pupil": ("head", "o10 .045 -.03 .024 .024 0"),
+    "glint": ("head", "o10 .053 -.038 .0084 .0084 0"),
+}
+PAINTED = "tail,left leg,right leg,body,neck,belly,beak,crest,head,breast,back,wing,eye,pupil,glint"
+BLOBS = (  # dot, bar, ring around an eye, triangle
+    "o10 0 0 .018 .018 0", "-.01 -.06 .02 -.06 .02 .06 -.01 .06",
+    "o10 0 0 .05 .05 0; o10 0 0 .024 .024 0", "0 -.04 .14 0 0 .04",
+)
 LUMA = np.array([0.299, 0.587, 0.114])
 FLOOR = 45  # least difference in luma (0 .. 255) of a mark and the plumage under it
 
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of a set of toy birds."""
-
-    classes: int = 16
-    distance: int = 1  # least number of signature parts in which two classes differ
-    part_scale: float = 1.0  # size of the marks, beak and crest
-    clutter: int = 8  # leaves and branches in the background
-    blobs: int = 6  # dots, bars, rings and triangles that look like pieces of parts
-    length: tuple[float, float] = (0.72, 0.95)  # of the bird, as a share of the side
-    train: int = 15  # images a class
-    test: int = 30
-    seed: int = 0  # of the classes' code book and of every bird
-
-
-EASY = Preset(classes=8, distance=2, part_scale=1.3, clutter=4, blobs=3, train=150, test=60)
-PRESETS = {"birds": Preset(), "birds-easy": EASY, "birds-small": dataclasses.replace(EASY, length=(0.45, 0.70)), "birds-pretrain": dataclasses.replace(EASY, seed=5)}
-
-
-@dataclass
-class Bird:
-    """One toy bird; boxes are xyxy in pixels of the image."""
-
-    image: np.ndarray  # (H, W, 3) uint8
-    label: int
-    object_box: np.ndarray  # (4,) float32, around all that is drawn of the bird
-    part_boxes: np.ndarray  # (6, 4) float32 in the order of PARTS: where the part is or would be, the same for each of its values
-    signature: np.ndarray  # (6,) bool: does the part carry the class
-    values: dict  # part name -> 0 .. 3, as drawn
-
-
-@functools.cache
-def class_codes(preset):
-    """Values of the signature parts of each class, (classes, 4): pairwise at least `distance` apart, each value about equally often, close relatives preferred."""
-    order = np.array(list(itertools.product(range(4), repeat=len(SIGNATURE))))
-    np.random.default_rng([preset.seed, 77]).shuffle(order)
-    codes, used = order[:0], np.zeros((len(SIGNATURE), 4))
-    for _ in range(preset.classes):
-        apart = (order[:, None] != codes[None]).sum(2)  # (candidates, classes so far)
-        fits = (apart >= preset.distance).all(1)
-        assert fits.any(), f"there are no {preset.classes} codes that differ in {preset.distance} parts"
-        score = np.minimum((apart == preset.distance).sum(1), 3) - 10 * used[range(len(SIGNATURE)), order].sum(1)  # relatives break the ties of balance
-        best = order[np.where(fits, score, -np.inf).argmax()]
-        codes, used[range(len(SIGNATURE)), best] = np.vstack([codes, best]), used[range(len(SIGNATURE)), best] + 1
-    return codes
-
-
-def ellipse(x, y, rx, ry, angle=0.0, points=24):
-    """Polygon of an ellipse, turned by `angle` radians -> (points, 2)."""
-    t = np.arange(points) * (2 * np.pi / points)
-    return turn(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
+# Size of marks, beak and crest; leaves and branches; things that look like pieces of parts; the bird's length
+# as a share of the side; images a class for training and testing; seed of every bird; and of each class the
+# values of its signature parts: two classes differ in at least one (birds) or two of them, each class has
+# relatives that differ in no more, and each value comes equally often.
+Preset = namedtuple("Preset", "part_scale clutter blobs length train test seed codes")
+BOOK = "0302 2230 3011 1123 0202 3311 1120 2033 1122 2030 3211 0303 3111 0300 2032 1223"
+EASY = Preset(1.3, 4, 3, (0.72, 0.95), 150, 60, 0, "0302 2230 3011 1123 0122 3231 2300 1013")
+PRESETS = {
+    "birds": Preset(1.0, 8, 6, (0.72, 0.95), 15, 30, 0, BOOK),
+    "birds-easy": EASY,
+    "birds-small": EASY._replace(length=(0.45, 0.70)),
+    "birds-pretrain": EASY._replace(seed=5, codes="0300 1011 3132 2223 1000 2232 0311 3123"),
+}
 
 
 def turn(points, angle):
@@ -1169,66 +1143,36 @@ def turn(points, angle):
     return points @ np.array([[c, s], [-s, c]])
 
 
-BODY, BELLY, HEAD = ellipse(0, 0, 0.29, 0.185, -0.12), ellipse(0.10, 0.075, 0.17, 0.10, -0.35), ellipse(0, 0, 0.125, 0.12)
-WING = np.array([(0.10, -0.06), (0.05, -0.115), (-0.05, -0.125), (-0.16, -0.085), (-0.34, 0.03), (-0.24, 0.06), (-0.12, 0.085), (0, 0.07), (0.075, 0.02)])
-BLOBS = (  # dot, bar, ring around an eye, triangle
-    [ellipse(0, 0, 0.018, 0.018, 0, 10)], [np.array([(-0.01, -0.06), (0.02, -0.06), (0.02, 0.06), (-0.01, 0.06)])],
-    [ellipse(0, 0, 0.05, 0.05, 0, 10), ellipse(0, 0, 0.024, 0.024, 0, 10)], [np.array([(0, -0.04), (0.14, 0), (0, 0.04)])],
-)
-EYE = np.array([12.0, 10.0, 10.0])
-LEG = np.array([(0, 0.17), (0.018, 0.17), (0.03, 0.33), (0.07, 0.335), (0.07, 0.35), (-0.02, 0.35), (0.012, 0.33)])
+def ellipse(points, x, y, rx, ry, angle=0.0):
+    """Polygon of an ellipse, turned by `angle` radians -> (points, 2)."""
+    t = np.arange(points) * (2 * np.pi / points)
+    return turn(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
 
 
 @functools.cache
-def part_shapes(g):
-    """{part: (frame, polygons of each of its four values, outline of its place)} at part scale g, in the frame's coordinates."""
-    bar = lambda x: [(x, -0.09), (x + 0.03 * g, -0.095), (x - 0.02 + 0.03 * g, 0.058), (x - 0.02, 0.055)]
-    streak = lambda x, y: [(x - 0.008 * g, y), (x + 0.008 * g, y), (x + 0.006 * g, y + 0.10 * g), (x - 0.006 * g, y + 0.10 * g)]
-    feather = lambda x, a: [(x - 0.018, -0.095), (x + math.sin(a) * 0.14 * g, -0.10 - math.cos(a) * 0.125 * g), (x + 0.018, -0.10)]
-    spots = ((0.12, 0.02), (0.17, -0.01), (0.15, 0.075), (0.205, 0.045), (0.10, 0.11), (0.19, 0.11))
-    box = lambda x1, y1, x2, y2: [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
-    base = ((-0.10, -0.062), (0, -0.055), (0, 0.055), (-0.10, 0.062))  # of every tail
-    table = {
-        "beak": ("head", (
-            [[(0.09, -0.045 * g), (0.12 + 0.075 * g, 0.012), (0.09, 0.055 * g)]],
-            [[(0.09, -0.03 * g), (0.12 + 0.17 * g, 0.012), (0.09, 0.045 * g)]],
-            [[(0.09, -0.045 * g), (0.12 + 0.07 * g, -0.03 * g), (0.12 + 0.105 * g, 0.015 * g), (0.12 + 0.095 * g, 0.085 * g), (0.12 + 0.06 * g, 0.03 * g), (0.09, 0.045 * g)]],
-            [[(0.09, -0.03 * g), (0.12 + 0.06 * g, -0.005 * g), (0.12 + 0.15 * g, -0.06 * g), (0.12 + 0.165 * g, -0.04 * g), (0.12 + 0.08 * g, 0.035 * g), (0.09, 0.05 * g)]],
-        ), box(0.10, -0.065 * g, 0.12 + 0.18 * g, 0.10 * g)),
-        "eye": ("head", (
-            [],
-            [ellipse(0.045, -0.03, 0.05 * g, 0.05 * g)],
-            [[(-0.085, -0.035 - 0.012 * g), (0.115, -0.025 - 0.012 * g), (0.115, -0.02 + 0.012 * g), (-0.09, -0.02 + 0.014 * g)]],
-            [[(-0.055, -0.055 - 0.01 * g), (0.03, -0.085 - 0.014 * g), (0.095, -0.062 - 0.006 * g), (0.09, -0.05), (0.03, -0.066), (-0.045, -0.04)]],
-        ), ellipse(0.012, -0.035, 0.108, 0.015 + 0.05 * g)),
-        "crest": ("head", (
-            [],
-            [[(0.03, -0.11), (-0.04, -0.12 - 0.12 * g), (-0.075, -0.08)]],
-            [feather(-0.07, -0.45), feather(-0.025, -0.12), feather(0.02, 0.2)],
-            [ellipse(-0.02, -0.105, 0.075 * g, 0.05 * g, -0.15, 10)],
-        ), box(-0.135 * g, -0.12 - 0.13 * g, 0.06 * g, -0.08)),
-        "wing": ("body", (
-            [], [bar(-0.06)], [bar(-0.015), bar(-0.105)], [ellipse(-0.065, -0.02, 0.045 * g, 0.04 * g, 0, 10)],
-        ), ellipse(-0.08, -0.03, 0.15, 0.10, 0.25)),
-        "breast": ("body", (
-            [],
-            [ellipse(x, y, 0.017 * g, 0.017 * g, 0, 10) for x, y in spots],
-            [streak(0.10, 0.05), streak(0.14, 0.03), streak(0.18, 0.015), streak(0.22, 0)],
-            [[(0.06, 0.075), (0.245, -0.03), (0.255, -0.03 + 0.032 * g), (0.07, 0.075 + 0.035 * g)]],
-        ), ellipse(0.16, 0.06, 0.105, 0.13, -0.3)),
-        "tail": ("tail", (
-            [[*base, (-0.33, 0.07), (-0.33, -0.07)]],
-            [[*base, (-0.36, 0.10), (-0.22, 0), (-0.36, -0.10)]],
-            [[*base, (-0.2, 0.085), (-0.28, 0.08), (-0.32, 0.045), (-0.335, 0), (-0.32, -0.045), (-0.28, -0.08), (-0.2, -0.085)]],
-            [[*base, (-0.2, 0.06), (-0.37, 0), (-0.2, -0.06)]],
-        ), box(-0.37, -0.10, -0.09, 0.10)),
-    }
-    return {part: (frame, [[np.array(p, float) for p in value] for value in values], np.array(place, float)) for part, (frame, values, place) in table.items()}
+def outlines(text, g=1.0):
+    """Polygons (n, 2) of a text at part scale g."""
+    polygons = []
+    for one in filter(str.strip, text.split(";")):
+        z = np.array(one.replace("o", "").split(), complex)
+        numbers = z.real + z.imag * g
+        polygons.append(ellipse(*numbers) if "o" in one else numbers.reshape(-1, 2))
+    return polygons
+
+
+@functools.cache
+def part_shapes(part, g=1.0):
+    """{value: its polygons} of the four values of a part at part scale g; the fifth is its place."""
+    _, *words = re.split("([a-z]{3,})", PARTS[part][1])
+    return {name: outlines(text, g) for name, text in zip(words[::2], words[1::2])}
+
+
+EYE = np.array([12.0, 10.0, 10.0])
 
 
 def hsv(h, s, v):
     """Hue in turns, saturation and value in [0, 1] -> RGB array in 0..255."""
-    return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1))) * 255
+    return np.array(colorsys.hsv_to_rgb(h % 1, *np.clip((s, v), 0, 1))) * 255
 
 
 def mix(a, b, share):
@@ -1237,184 +1181,308 @@ def mix(a, b, share):
 
 
 def apart(mark, ground):
-    """A mark's colour, moved towards black or white where needed so that its luma differs from the ground's by FLOOR."""
+    """A mark's colour, moved towards black or white until its luma differs from the ground's by FLOOR."""
     luma, under = mark @ LUMA, ground @ LUMA
-    white = luma >= under and under + FLOOR <= 255 or under < FLOOR
-    short = under + FLOOR - luma if white else luma - under + FLOOR
-    return mix(mark, np.full(3, 255.0 * white), max(0.0, short) / (255 - luma if white else luma)) if short > 0 else mark
+    if luma >= under and under + FLOOR <= 255 or under < FLOOR:
+        return mix(mark, np.full(3, 255.0), max(0.0, under + FLOOR - luma) / (255 - luma))
+    return mix(mark, np.zeros(3), max(0.0, luma - under + FLOOR) / luma)
 
 
 def plumage(rng):
     """Colours of one bird by what is painted with them. None says anything about the class."""
-    hue, s, v = rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.45, 0.8)
-    near = lambda: hue + rng.uniform(-0.06, 0.06)
-    c = {"body": hsv(hue, s, v), "dark": hsv(hue, 0.4, 0.16), "pale": hsv(rng.uniform(0.08, 0.18), rng.uniform(0.02, 0.25), 0.97)}
-    c["belly"] = mix(c["body"], hsv(hue + rng.uniform(-0.1, 0.1), s / 2, v + 0.25), 0.8)
-    c["back"], c["tail"] = hsv(near(), s, v * 0.72), hsv(near(), s, v * 0.66)
-    c["head"] = hsv(near(), s * rng.uniform(0.7, 1.2), v * rng.uniform(0.85, 1.1))
-    c["beak"] = (hsv(rng.uniform(0.08, 0.14), 0.8, 0.9), hsv(rng.uniform(0, 0.06), 0.7, 0.8), hsv(0.1, 0.25, 0.22))[rng.integers(3)]
-    c["crest"] = apart(mix(c["head"], (c["dark"], hsv(rng.random(), 0.7, 0.8))[rng.integers(2)], 0.65), c["head"])
-    c["wing"] = apart(c["pale"] if rng.random() < 0.7 else mix(c["back"], c["dark"], 0.85), c["back"])
-    c["breast"] = apart(mix(c["belly"], c["dark"], 0.75), c["belly"])
-    c["eye"], c["stripe"] = apart(c["pale"], c["head"]), apart(mix(c["head"], c["dark"], 0.85), c["head"])
-    c["legs"] = [c[("beak", "dark")[k]] for k in rng.integers(2, size=2)]
-    return c
+    u, hue, s, v = rng.uniform, rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.45, 0.8)
+    near = lambda: hue + u(-0.06, 0.06)
+    body, dark, pale = hsv(hue, s, v), hsv(hue, 0.4, 0.16), hsv(u(0.08, 0.18), u(0.02, 0.25), 0.97)
+    belly = mix(body, hsv(hue + u(-0.1, 0.1), s / 2, v + 0.25), 0.8)
+    back, tail = hsv(near(), s, v * 0.72), hsv(near(), s, v * 0.66)
+    head = hsv(near(), s * u(0.7, 1.2), v * u(0.85, 1.1))
+    beak = (hsv(u(0.08, 0.14), 0.8, 0.9), hsv(u(0, 0.06), 0.7, 0.8), hsv(0.1, 0.25, 0.22))[rng.integers(3)]
+    crest = (dark, hsv(rng.random(), 0.7, 0.8))[rng.integers(2)]
+    wing = pale if rng.random() < 0.7 else mix(back, dark, 0.85)
+    left, right = ((beak, dark)[k] for k in rng.integers(2, size=2))
+    return {
+        "body": body, "belly": belly, "back": back, "tail": tail, "head": head, "beak": beak,
+        "neck": mix(body, head, 0.5), "left leg": left, "right leg": right, "pale": pale, "dark": dark,
+        "pupil": EYE, "glint": np.full(3, 240.0),
+        "crest": apart(mix(head, crest, 0.65), head), "wing": apart(wing, back),
+        "breast": apart(mix(belly, dark, 0.75), belly), "eye": apart(pale, head),
+        "stripe": apart(mix(head, dark, 0.85), head),
+    }
 
 
 def background(rng, preset, colours, length, side):
-    """Smooth gradients, leaves, branches, and blobs in the bird's colours that look like pieces of parts -> PIL image of side x side."""
-    base = hsv(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.9))
+    """Smooth gradients, leaves, branches, and blobs in the bird's colours, like parts -> PIL image."""
+    u, base = rng.uniform, hsv(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.9))
     grid = base + rng.normal(0, 28, (5, 5, 1)) + rng.normal(0, 14, (5, 5, 3))
-    image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
+    image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((side, side), FILTERS["bicubic"])
     for _ in range(preset.clutter):
-        hue = rng.random() if rng.random() < 0.4 else rng.uniform(0.08, 0.4)
-        colour, at, angle = hsv(hue, rng.uniform(0.1, 0.6), rng.uniform(0.2, 0.85)), rng.random(2), rng.uniform(0, math.pi)
+        hue = rng.random() if rng.random() < 0.4 else u(0.08, 0.4)
+        colour, at, angle = hsv(hue, u(0.1, 0.6), u(0.2, 0.85)), rng.random(2), u(0, math.pi)
         if rng.random() < 0.45:  # a branch
-            half, thick = rng.uniform(0.1, 0.45), rng.uniform(0.004, 0.015)
-            shape = np.array([(-half, -thick), (half, -thick), (half, thick), (-half, thick)])
+            shape = outlines("-1 -1 1 -1 1 1 -1 1")[0] * (u(0.1, 0.45), u(0.004, 0.015))
         else:  # a leaf
-            shape = ellipse(0, 0, rng.uniform(0.03, 0.12), rng.uniform(0.015, 0.05), 0, 10)
-        paint(draw, (turn(shape, angle) + at) * side, colour)
+            shape = ellipse(10, 0, 0, u(0.03, 0.12), u(0.015, 0.05))
+        paint(image, (turn(shape, angle) + at) * side, colour)
     for _ in range(preset.blobs):
-        at, angle, scale = rng.random(2), rng.uniform(0, 6.3), length * rng.uniform(0.7, 1.3)
+        at, angle, scale = rng.random(2), u(0, 6.3), length * u(0.7, 1.3)
         colour = colours[("pale", "dark", "beak")[rng.integers(3)]]
-        shapes = BLOBS[rng.integers(len(BLOBS))]
-        for shape, own in zip(shapes, (colour, EYE)):
-            paint(draw, (turn(shape, angle) * scale + at) * side, own)
+        for shape, own in zip(outlines(BLOBS[rng.integers(4)]), (colour, EYE)):
+            paint(image, (turn(shape, angle) * scale + at) * side, own)
     return image
 
 
-def ints(colour):
-    """Colour as Pillow wants it."""
-    return tuple(int(v) for v in colour)
-
-
-def paint(draw, points, colour):
+def paint(image, points, colour):
     """Fill a polygon (n, 2) with a colour."""
-    draw.polygon(points.ravel().tolist(), ints(colour))
+    ImageDraw.Draw(image).polygon(points.ravel().tolist(), tuple(map(int, colour)))
 
 
-def draw_bird(preset, split, index, size, values=None):
-    """Bird number `index` of a split of a preset, size x size pixels; the same pixels in every process and on every machine.
+def draw_bird(name, split, index, size, values=None):
+    """Bird number `index` of a split of a preset, size x size pixels: the same on every machine.
 
-    Its class is index % classes. `values` {part: 0 .. 3} swaps parts for others, all else staying as it is (a counterfactual).
+    Its class is index % classes. `values` {part: 0 .. 3} swaps parts for others, all else staying as it is.
+    -> dict: image (H, W, 3) uint8; label; object_box (4,) around all that is drawn of the bird; part_boxes
+    (6, 4) in the order of PARTS, where the part is or would be, the same for each of its values; values
+    {part: 0 .. 3}.
     """
-    if preset not in PRESETS or split not in ("train", "test") or index < 0 or size < 16:
-        raise ValueError(f"no toy bird {preset}/{split}/{index} of {size} pixels; presets are {', '.join(PRESETS)}, splits train and test, index from 0, size from 16")
-    if not all(part in PARTS and value in range(4) for part, value in (values or {}).items()):
-        raise ValueError(f"toy bird parts {values}; give a dict of {', '.join(PARTS)} to 0, 1, 2 or 3")
-    return render(PRESETS[preset], split, index, size, values or {})
-
-
-def render(preset, split, index, size, swapped):
-    """Draw one bird of a preset -> Bird; `swapped` sets values of parts."""
-    drawn, feathers, scene, light = (np.random.default_rng([preset.seed, ("train", "test").index(split), index, k]) for k in range(4))
-    label, shapes, c = index % preset.classes, part_shapes(preset.part_scale), plumage(feathers)
-    values = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist())) | dict(zip(SIGNATURE, class_codes(preset)[label].tolist())) | swapped
+    preset = PRESETS[name]
+    streams = ([preset.seed, ("train", "test").index(split), index, k] for k in range(4))
+    drawn, feathers, scene, light = map(np.random.default_rng, streams)
+    codes = preset.codes.split()
+    label, colours = index % len(codes), plumage(feathers)
+    shapes = {part: list(part_shapes(part, preset.part_scale).values()) for part in PARTS}
+    own = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist()))
+    values = own | dict(zip(SIGNATURE, map(int, codes[label]))) | (values or {})
 
     # the pose: three frames, each a function from its coordinates to the bird's
-    tilt, stretch = math.radians(scene.uniform(-20, 20)), 1 + scene.uniform(-0.08, 0.08)
-    head, tail = math.radians(scene.uniform(-22, 22)), math.radians(scene.uniform(-18, 28))
-    neck = np.array([0.27 + scene.uniform(-0.03, 0.02), -0.19 + scene.uniform(-0.04, 0.05)])
+    u = scene.uniform
+    tilt, stretch = math.radians(u(-20, 20)), 1 + u(-0.08, 0.08)
+    head, tail = math.radians(u(-22, 22)), math.radians(u(-18, 28))
+    neck = np.array([0.27 + u(-0.03, 0.02), -0.19 + u(-0.04, 0.05)])
     whole = turn(np.diag([stretch, 1 / stretch]), tilt) * (scene.choice([-1, 1]), 1)  # turned, then mirrored
-    pose = {"body": lambda p: p @ whole, "head": lambda p: (turn(p, head) + neck) @ whole, "tail": lambda p: (turn(p, tail) + (-0.25, 0.05)) @ whole}
+    pose = {
+        "body": lambda p: p @ whole,
+        "head": lambda p: (turn(p, head) + neck) @ whole,
+        "tail": lambda p: (turn(p, tail) + (-0.25, 0.05)) @ whole,
+    }
 
     # what is painted, back to front
-    layers, jitter = [], feathers.uniform(-0.008, 0.008, (6, 2))
-
-    def add(frame, points, colour):
-        layers.append((pose[frame](points), colour))
-
-    def add_part(part):
-        frame, shape, _ = shapes[part]
-        for points, shift in zip(shape[values[part]], jitter):
-            add(frame, points + shift if (part, values[part]) == ("breast", 1) else points, c["stripe" if (part, values[part]) == ("eye", 2) else part])
-
-    add_part("tail")
-    for x, colour in zip((-0.02, 0.06), c["legs"]):
-        add("body", LEG + (x, 0), colour)
-    add("body", BODY, c["body"])
-    add("body", np.array([(0.08, -0.14), neck + (-0.10, -0.06), neck + (0.10, 0.06), (0.26, 0.04)]), mix(c["body"], c["head"], 0.5))
-    add("body", BELLY, c["belly"])
-    add_part("beak")
-    add_part("crest")
-    add("head", HEAD, c["head"])
-    add_part("breast")
-    add("body", WING, c["back"])
-    add_part("wing")
-    add_part("eye")
-    add("head", ellipse(0.045, -0.03, 0.024, 0.024, 0, 10), EYE)
-    add("head", ellipse(0.053, -0.038, 0.0084, 0.0084, 0, 10), np.full(3, 240.0))
+    nape = np.array([(0.08, -0.14), neck + (-0.10, -0.06), neck + (0.10, 0.06), (0.26, 0.04)])
+    painted = {name: (frame, outlines(text)) for name, (frame, text) in FIXED.items()}
+    painted |= {part: (frame, shapes[part][values[part]]) for part, (frame, _) in PARTS.items()}
+    painted["neck"] = "body", [nape]
+    if values["breast"] == 1:
+        painted["breast"] = "body", painted["breast"][1] + feathers.uniform(-0.008, 0.008, (6, 1, 2))
+    if values["eye"] == 2:
+        colours["eye"] = colours["stripe"]
+    order = ((name, *painted[name]) for name in PAINTED.split(","))
+    layers = [(pose[frame](points), colours[name]) for name, frame, polygons in order for points in polygons]
 
     # its place: from the places of the parts, not from what is drawn there, so that no value moves the bird
-    places = [pose[frame](place) for frame, _, place in shapes.values()]
-    extent = np.concatenate(places + [pose["body"](np.concatenate([BODY, LEG, LEG + (0.06, 0)])), pose["head"](HEAD)])
+    places = [pose[frame](shapes[part][4][0]) for part, (frame, _) in PARTS.items()]
+    fixed = [pose[painted[p][0]](painted[p][1][0]) for p in ("body", "room", "right leg", "head")]
+    extent = np.concatenate(places + fixed)
     low, span = extent.min(0), np.ptp(extent, 0)
-    length = min(scene.uniform(*preset.length), 0.97 / span.max())
+    length = min(u(*preset.length), 0.97 / span.max())
     shift = scene.random(2) * (1 - span * length) - low * length
-    boxes = np.array([[*p.min(0), *p.max(0)] for p in [np.concatenate([p for p, _ in layers])] + places]) * length + np.tile(shift, 2)
+    corners = [[*p.min(0), *p.max(0)] for p in (np.concatenate([p for p, _ in layers]), *places)]
+    boxes = np.array(corners) * length + np.tile(shift, 2)
+    boxes = (boxes * size).astype(np.float32)
 
     # drawn larger and averaged, then lit: gain, cast, a linear gradient, grain
     fine = 3 if size <= 80 else 2
-    image = background(scene, preset, c, length, size * fine)
-    draw = ImageDraw.Draw(image)
+    image = background(scene, preset, colours, length, size * fine)
     for points, colour in layers:
-        paint(draw, (points * length + shift) * (size * fine), colour)
-    pixels = np.asarray(image.reduce(fine), np.float32)
+        paint(image, (points * length + shift) * (size * fine), colour)
     gain = light.uniform(0.75, 1.2) * (1 + light.normal(0, 0.05, 3))
     slope, ramp = light.normal(0, 0.15, 2), np.linspace(-0.5, 0.5, size)
     shade = 1 + slope[0] * ramp[None, :] + slope[1] * ramp[:, None]
-    pixels = pixels * (shade[..., None] * gain).astype(np.float32) + 4 * light.standard_normal((size, size, 1), np.float32)
-    boxes = (boxes * size).astype(np.float32)
-    return Bird(pixels.clip(0, 255).astype(np.uint8), label, boxes[0], boxes[1:], np.array([part in SIGNATURE for part in PARTS]), values)
+    pixels = np.asarray(image.reduce(fine), np.float32) * (shade[..., None] * gain).astype(np.float32)
+    pixels = (pixels + 4 * light.standard_normal((size, size, 1), np.float32)).clip(0, 255).astype(np.uint8)
+    return dict(image=pixels, label=label, object_box=boxes[0], part_boxes=boxes[1:], values=values)
+
+
+def toy_split(paths, size, swapped=lambda i, values: {}):
+    """The birds of some paths as a Split; swapped(i, values) says what to swap of the i-th."""
+    birds = []
+    for i, path in enumerate(paths):
+        preset, split, index = path.split("/")
+        birds.append(draw_bird(preset, split, int(index), size))
+        if change := swapped(i, birds[i]["values"]):
+            birds[i] = draw_bird(preset, split, int(index), size, change)
+    images, labels, boxes, parts, _ = (list(column) for column in zip(*(bird.values() for bird in birds)))
+    truth = np.stack(boxes), np.stack(parts), tuple(PARTS), tuple(part in SIGNATURE for part in PARTS)
+    return Split(paths, labels, *truth, images=images, swap=swap_part)
+
+
+def swap_part(split, part, indices):
+    """Toy birds of a split once more, one part of each swapped for another value: counterfactuals."""
+    paths = [split.paths[i] for i in indices]
+    return toy_split(paths, len(split.images[0]), lambda i, values: {part: (values[part] + 1 + i % 3) % 4})
 
 
 def load_toy(root, recipe):
-    """Toy birds of recipe.toy_preset, drawn into memory as squares of the longest side that the recipe needs; nothing is read from disk."""
-    preset, size = PRESETS[recipe.toy_preset], max(recipe.resize if any(recipe.resize) else recipe.image_size)
-
-    def draw(split, per_class):
-        birds = [draw_bird(recipe.toy_preset, split, i, size) for i in range(per_class * preset.classes)]
-        return Split([f"{recipe.toy_preset}/{split}/{i}" for i in range(len(birds))], [b.label for b in birds], np.stack([b.object_box for b in birds]),
-                     np.stack([b.part_boxes for b in birds]), tuple(PARTS), tuple(birds[0].signature.tolist()), images=[b.image for b in birds])
-
-    names = ["-".join(PARTS[part][v] for part, v in zip(SIGNATURE, code)) for code in class_codes(preset)]
-    return Splits(draw("train", recipe.toy_train or preset.train), draw("test", recipe.toy_test or preset.test), names)
-
-
-def contact_sheet(size=160, columns=8):
-    """PIL image: every value of every part in one scene; below, birds of each class of the preset `birds`, the last two of a row with their boxes."""
-    plain = dataclasses.replace(PRESETS["birds"], clutter=0, blobs=0)
-    cells = [(render(plain, "test", 25, size, dict.fromkeys(PARTS, 0) | {part: v}), f"{part}: {name}") for part, names in PARTS.items() for v, name in enumerate(names)]
-    for label, code in enumerate(class_codes(PRESETS["birds"])):
-        name = f"class {label}: " + "-".join(PARTS[part][v] for part, v in zip(SIGNATURE, code))
-        cells += [(draw_bird("birds", "train", label + k * PRESETS["birds"].classes, size), name if k == 0 else "") for k in range(columns)]
-    sheet = Image.new("RGB", (columns * (size + 4), len(cells) // columns * (size + 22)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (bird, text) in enumerate(cells):
-        x, y = k % columns * (size + 4), k // columns * (size + 22) + 18
-        sheet.paste(Image.fromarray(bird.image), (x, y))
-        draw.text((x + 2, y - 15), text, fill="black", font=ImageFont.load_default(size=13))
-        if k % columns >= columns - 2 and k >= 4 * len(PARTS):
-            for box, colour in zip([bird.object_box, *bird.part_boxes], ["#ffd400", *("#ff3030" if carries else "#30a0ff" for carries in bird.signature)]):
-                draw.rectangle((box + (x, y, x, y)).tolist(), outline=colour, width=2)
-    return sheet
+    """Toy birds of recipe.toy_preset, drawn into memory, of the longest side that the recipe needs."""
+    name, preset, splits = recipe.toy_preset, PRESETS[recipe.toy_preset], []
+    codes = preset.codes.split()
+    for role in ("train", "test"):
+        count = getattr(recipe, f"toy_{role}") or getattr(preset, role)
+        paths = [f"{name}/{role}/{i}" for i in range(count * len(codes))]
+        splits.append(toy_split(paths, max(recipe.resize + recipe.image_size)))
+    names = [list(part_shapes(part)) for part in SIGNATURE]
+    classes = ["-".join(values[int(v)] for values, v in zip(names, code)) for code in codes]
+    return Splits(*splits, classes)
 
 
-DATASETS = {  # name -> loader(root, recipe) -> Splits
-    "toy": load_toy, "folder": load_folder, "imagenet": load_imagenet, "cub": functools.partial(load_birds, "cub"), "cars": load_cars, "aircraft": load_aircraft,
-    "flowers": load_flowers, "dogs": load_dogs, "nabirds": functools.partial(load_birds, "nabirds"), "plant": load_plant, "fmow": load_fmow,
-    **{name: functools.partial(load_named, name) for name in ("market1501", "dukemtmc", "veri776")}, "msmt17": load_msmt17,
-}
-PUBLISHED = {  # name -> classes (identities), training images, test images (queries + gallery), training images with --train-split train; 0: not known
-    "imagenet": (1000, 1281167, 50000), "cub": (200, 5994, 5794), "cars": (196, 8144, 8041), "aircraft": (100, 6667, 3333, 3334), "flowers": (102, 2040, 6149, 1020),
-    "dogs": (120, 12000, 8580), "nabirds": (555, 23929, 24633), "plant": (5, 0, 0), "fmow": (62, 363572, 53473), "market1501": (751, 12936, 3368 + 15913),
-    "dukemtmc": (702, 16522, 2228 + 17661), "veri776": (576, 37778, 1678 + 11579), "msmt17": (1041, 32621, 11659 + 82161, 30248),
-}
+# ------------------------------------------------------------------------------------------- scores
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/birds.png")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet().save(target)
-    print(f"wrote {target}")
+
+def ranked(logits):
+    """Classes of the five largest logits, best first, equal ones in class order: (B, K) -> (B, min(5, K))."""
+    return logits.float().sort(dim=1, descending=True, stable=True).indices[:, :5]
+
+
+def score(split, answers, recipe, model_answers=None):
+    """Answers to a split against the truth -> dict of scores in [0, 1], the headline first.
+
+    answers: "answer" (n, 5) classes from `ranked`, or Re-ID features (n, D); "head NAME" (n,) classes or
+    features; "shown" (n, 4) of Photos; where the model looked, in pixels of the input: "boxes" (n, b, 4),
+    best first, and "untrained boxes", those of random weights. model_answers(split) -> log-probabilities of
+    another split, for the toy's swapped parts.
+    """
+    if "shown" in answers:  # nan: a photo that could not be read
+        kept = np.flatnonzero(np.isfinite(answers["shown"][:, 0]))
+        split, answers = split.take(kept), {name: value[kept] for name, value in answers.items()}
+    heads = {name[5:]: value for name, value in answers.items() if name.startswith("head ")}
+    if split.query:
+        rate = lambda features: reid_scores(features, split.labels, split.cameras, split.query)
+        maps = {name: rate(features)["mAP"] for name, features in heads.items()}
+        return {"scores": rate(answers["answer"]), "heads": maps}
+    labels, top = np.array(split.labels), answers["answer"].astype(int)
+    hits = top == labels[:, None]
+    right, guess = hits[:, 0], top[:, 0]
+    result = {"scores": {"top1": right.mean()}, "heads": {k: (v == labels).mean() for k, v in heads.items()}}
+    if max(labels.max(), top.max()) > 4:
+        result["scores"]["top5"] = hits.any(1).mean()
+    if "boxes" in answers:
+        good = Counter(labels[right].tolist())
+        wrong = Counter(sorted(zip(labels[~right].tolist(), guess[~right].tolist())))
+        result["per_class"] = {c: [good[c], n] for c, n in sorted(Counter(split.labels).items())}
+        result["confused"] = [[*pair, n] for pair, n in wrong.most_common(10)]
+        result |= look(split, answers, recipe.image_size, right)
+        if split.swap:
+            result["reliance"] = reliance(split, model_answers)
+        result["lines"] = list(tell(result))
+    return result
+
+
+def look(split, answers, size, right):
+    """Where the boxes lie, beside what costs nothing: chance, one place for all, an untrained network."""
+    boxes = answers["boxes"]
+    sides = np.rint(boxes[..., 2:] - boxes[..., :2])
+    kinds = np.unique(sides.reshape(-1, 2), axis=0)
+    result = {"coverage": covered(boxes, size).mean()}
+    if 1 < len(kinds) < 5:  # levels, stages
+        own = {f"{w:.0f} x {h:.0f}": (sides == (w, h)).all(2, keepdims=True) for w, h in kinds}
+        own = {name: np.where(mask, boxes, np.nan) for name, mask in own.items()}
+        result["coverage_by_size"] = {name: covered(some, size).mean() for name, some in own.items()}
+
+    def both(measure, truth):
+        found = measure(boxes, truth)
+        if "untrained boxes" in answers:
+            found |= {f"untrained_{k}": v for k, v in measure(answers["untrained boxes"], truth).items()}
+        return found
+
+    if split.parts is not None:
+        result["pointing"], signature = {}, np.array(split.signature)
+        for name, chosen in (("signature", signature), ("decoy", ~signature)):
+            if chosen.any():
+                parts = to_input(split.parts[:, chosen], answers["shown"][:, None], size)
+                chance = covered(parts, size)
+                references = {"chance": chance.mean(), "constant": chance.max()}
+                result["pointing"][name] = both(pointing, parts) | references
+    if split.boxes is not None:
+        objects = to_input(split.boxes, answers["shown"], size)
+        constants = [iou(box, objects).mean() for box in (objects.mean(0), *objects[:200])]
+        best = lambda found, truth: {"mean": iou(found[:, 0], truth).mean()}
+        result["object_iou"] = both(best, objects) | {"constant": max(constants)}
+        areas = np.prod(split.boxes[:, 2:] - split.boxes[:, :2], 1)
+        low, high = np.quantile(areas, (0.25, 0.75)).tolist()  # M2Former, Table 8
+        sizes = {"large": areas > high, "medium": (low <= areas) & (areas <= high), "small": areas < low}
+        result["scale"] = {name: right[own].mean() for name, own in sizes.items() if own.any()}
+        result["scale"]["thresholds"] = [low, high]
+    return result
+
+
+def tell(result):
+    """Lines for the terminal."""
+    shares = lambda found: ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in found.items())
+    yield "coverage: " + shares({"all boxes": result["coverage"]} | result.get("coverage_by_size", {}))
+    for name, found in result.get("pointing", {}).items():
+        yield f"boxes with their centre in {name} parts: " + shares(found)
+    if "object_iou" in result:
+        yield "IoU of the best box with the object's: " + shares(result["object_iou"])
+        *scale, (_, (low, high)) = result["scale"].items()
+        yield f"object scale: {shares(dict(scale))}; area above {high:.0f} / below {low:.0f} square pixels"
+    if "reliance" in result:
+        flips = {part: flipped for part, (_, flipped) in result["reliance"].items()}
+        yield "reliance, decisions changed by swapping a part: " + shares(flips)
+
+
+def covered(boxes, size, cells=32):
+    """How often each cell of a raster over images (H, W) has its centre in one of the boxes (n, b, 4)."""
+    (H, W), at, total = size, (np.arange(cells) + 0.5) / cells, 0.0
+    for x1, y1, x2, y2 in boxes.transpose(0, 2, 1)[..., None]:  # each (b, 1)
+        inside_x, inside_y = (x1 <= at * W) & (at * W < x2), (y1 <= at * H) & (at * H < y2)
+        total = total + (inside_y[:, :, None] & inside_x[:, None]).any(0)
+    return total / len(boxes)
+
+
+def pointing(boxes, parts):
+    """Share of boxes (n, b, 4) with their centre in a part (n, P, 4; nan: not visible): the best, all."""
+    centres = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, :, None]  # (n, b, 1, 2)
+    inside = (centres >= parts[:, None, :, :2]) & (centres < parts[:, None, :, 2:])
+    hit = inside.all(-1).any(-1)  # (n, b)
+    return {"best": hit[:, 0].mean(), "all": hit.mean()}
+
+
+def iou(a, b):
+    """Intersection over union of boxes (..., 4)."""
+    area = lambda low, high: np.clip(high - low, 0, None).prod(-1)
+    inter = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    both = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:])
+    return inter / np.maximum(both - inter, 1e-9)
+
+
+def reliance(split, model_answers):
+    """One part of 120 birds swapped -> {part: [mean |change of log p(label)|, share of flips]}."""
+    some, result = range(min(120, len(split))), {}
+    labels, before = np.array(split.labels)[some, None], model_answers(split.take(some))
+    for part in split.part_names:
+        after = model_answers(split.swap(split, part, some))
+        change = abs(np.take_along_axis(after - before, labels, 1))
+        result[part] = [float(change.mean()), (after.argmax(1) != before.argmax(1)).mean()]
+    return result
+
+
+def reid_scores(features, labels, cameras, query):
+    """Single-query protocol of Market-1501, DukeMTMC, MSMT17 and VeRi: features (n, D) -> dict.
+
+    For a query, gallery images of its identity from its own camera do not count; a query without any match
+    left is skipped, not counted as 0. Queries are taken a few at a time (MSMT17 has 11,659 x 82,161
+    distances).
+    """
+    features, labels, cameras, query = map(torch.as_tensor, (features, labels, cameras, query))
+    precision, first, gallery = [], [], features[~query]
+    for some in query.nonzero()[:, 0].split(1 + 2**22 // (1 + len(gallery))):
+        for i, distances in zip(some, torch.cdist(features[some], gallery)):
+            same = labels[~query] == labels[i]
+            counted = ~(same & (cameras[~query] == cameras[i]))
+            nearest = distances[counted].argsort(stable=True)
+            ranks = same[counted][nearest].nonzero()[:, 0].numpy() + 1  # of the matches, ascending
+            if len(ranks):
+                precision.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+                first.append(ranks[0])
+    if not first:
+        raise ValueError(f"none of {sum(query)} queries has its identity in the gallery from another camera")
+    ranks = {f"rank{k}": float(np.mean(np.array(first) <= k)) for k in (1, 5, 10)}
+    return {"mAP": float(np.mean(precision)), **ranks, "skipped": int(query.sum()) - len(first)}
