@@ -1,484 +1,531 @@
-"""Multi-stage ViT: Conde & Turgutlu, "Exploring Vision Transformers for Fine-grained Classification", CVPR Workshop FGVC8 2021, arXiv 2106.10587.
+"""Multi-stage ViT: Conde & Turgutlu, "Exploring Vision Transformers for Fine-grained Classification",
+CVPR Workshop FGVC8 2021, arXiv 2106.10587.
 
-Idea: a ViT's own attention says where the object is. One shared encoder and head classify (a) the whole photo, (b) the object, cropped from
-the photo at full resolution where the attention rollout of (a) is above its mean, and (c) the two object parts with most attention.
-No part annotation, no extra parameters; boxes carry no gradient. Attention can also erase what it looked at, so that training finds more.
+Idea: a ViT's own attention says where the object is. One shared encoder and head classify (a) the whole photo,
+(b) the object, cropped from the photo at full resolution where the attention rollout of (a) is above its mean,
+and (c) the two object parts with most attention. No part annotation, no extra parameters; boxes carry no
+gradient. Attention can also erase what the model looks at, or zoom in on it, so that training finds more.
 
     Sec. 2     attention map: product of all layers' attention    attention_map (common.cls_rollout)
+    Sec. 2.1   threshold, closing, best component's box           object_box, closing, connected_components
+    Sec. 2.2   average pooling, non-maximum suppression           part_boxes
+    Sec. 2.3   erasing and cropping by the attention map          erase, MultiStageViT.augment
     Eq. 1      L = L_a + L_b + sum_i L_ci                         joint_loss
-    Sec. 2.1   threshold, closing, best component's box           closing, connected_components, object_box
-    Sec. 2.2   average pooling, non-maximum suppression           suppress, part_boxes
-    Sec. 2.3   erasing what the attention map marks               erase
     Fig. 2     stages a, b, c                                     MultiStageViT.stages
 
-Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our recipes do:
-    L_c         paper: sum over the parts. Code, ours: their mean, all with label smoothing 0.1. --part-reduction sum
-    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third, 128 of 384 pixels. --part-crop 0.2917
+Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our recipes
+do ("code" in the help of the switches is the authors'):
+    map         paper: attention weights multiplied layer by layer. Code, ours: first the identity of the residual
+                path is added to each layer's weights and rows are made to sum to one ("rollout"). No switch
+    threshold   paper: histogram-based, the mean works well. Code, ours: mean (it has a local Gaussian one, too,
+                which it does not use). --threshold median
+    closing     paper: grayscale, of the binary map. Code, ours: binary with a 3 x 3 cross, which is the same
+    box choice  paper: the component with the largest attention. Code, ours: inside its box, even another
+                component's. --score region
+    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third of the side,
+                128 of 384 pixels. --part-crop 0.2917
+    score map   paper: windows are scored on a map 384 pixels wide. Code, ours: 128. No switch
     parts from  paper: "a higher resolution". Code, ours: the object image. --part-source highres
-    box choice  paper: the component with the largest attention. Code, ours: inside its box, even another component's. --score region
-    closing     paper: a grayscale closing of the binary map. Code, ours: a binary closing with a 3 x 3 cross, which is the same
-    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only for photos that get erased
+    L_c         paper: sum over the parts. Code, ours: their mean, label smoothing 0.1. --part-reduction sum
+    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only in training
+                with --erase or --attention-crop
     erasing     paper: used. Code, ours: off in the final runs; no better where the notebooks compare. --erase
-    prediction  neither says how stages are fused, nor which of them the tables hold. Ours: mean of all. --fusion full|object|parts
-    training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the encoder frozen
-Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random warp among the augmentations; the
-photo is reduced to the encoder's size by an antialiased filter (--full-resize nearest is the code's); the fallback box is central in
-evaluation; a map that is constant up to rounding falls back instead of cropping speckle; where windows run out, the last part is repeated.
-Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says, and 12,595 are its unlabelled photos;
-the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled photos, and the authors' plant code is for yet another set. So Table 4
-cannot be reproduced as printed. `--data plant` is the 2020 set with a hold-out of our own; iCassava goes through `--data folder`.
+    cropping    paper: used beside erasing (Fig. 3), without numbers. Code, ours: the object stage is the only
+                crop. --attention-crop 0.5 shows stage a the object alone for half of the photos
+    prediction  neither says how stages are fused, nor whose numbers the tables hold. Ours: mean. --fusion object
+    training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the encoder
+                frozen
+Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random warp
+among the augmentations; the photo is reduced to the encoder's size by an antialiased filter (--full-resize
+nearest is the code's); the fallback box is central in evaluation; a map that is constant up to rounding falls
+back instead of cropping speckle; where windows run out, the last part is repeated; bf16 for the code's fp16.
+Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says, and
+12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled photos,
+and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The test split of
+`--data plant` is a hold-out of our own.
 
     python train.py --method vit_fgvc                              # toy birds
     python train.py --method vit_fgvc --data cub --root DIR        # the CUB recipe of the authors
-    python train.py eval --run runs/vit_fgvc-cub --fusion full,object,parts,mean
+    python train.py eval runs/vit_fgvc-cub --fusion object         # by the object stage alone
 """
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
 from torch import nn
+from torchvision.ops import box_iou
 
 import common
-from common import Table, opt
+from common import Table, by_dataset, opt
 
-# ------------------------------------------------------------------------------------------------ recipe
+# --------------------------------------------------------------------------------------- recipe
+
+share = partial(opt, least=0, most=1)
 
 
 @dataclass(frozen=True)
 class Recipe(common.Recipe):
     """Switches of the multi-stage ViT. image_size is the high resolution from which objects are cropped."""
 
-    backbone: str = opt("vit_base", "the shared encoder; toy_vit and toy_vit16 are tiny, for small pictures (Sec. 2: ViT-B/16)", tuple(n for n in common.VITS if n != "r50_vit_base"))
-    encoder_size: int = opt(384, "pixels to which photo, object and parts are resized, aspect not kept (Sec. 3)")
-    full_resize: str = opt("bilinear", "reducing the photo to encoder_size: bilinear, antialiased (our choice); nearest (authors' code)", ("bilinear", "nearest"))
-    head: str = opt("mlp", "classifier: mlp is linear, ReLU, linear (Sec. 2); mlp_bn adds BatchNorm and dropout (authors' code, Cars)", ("mlp", "mlp_bn"))
-    stages: str = opt("abc", "which stages are trained and used: a full photo, b object, c parts (Sec. 2)", ("a", "b", "ab", "abc"))
-    fusion: str = opt("mean", "the prediction: of one stage, or the mean of the stages' logits (our choice; the paper does not say)", ("full", "object", "parts", "mean"))
-    part_reduction: str = opt("mean", "loss of the parts: their mean (authors' code) or sum (Eq. 1)", ("mean", "sum"))
-    head_fusion: str = opt("mean", "how a layer's heads are joined in the attention map (authors' code: mean)", ("mean", "max", "min"))
-    score: str = opt("bbox", "the object is the component with the largest attention inside its bbox (authors' code) or inside its region (Sec. 2.1)", ("bbox", "region"))
-    min_object_area: float = opt(64**2 / 448**2, "components smaller than this share of the photo are no object (authors' code)")
-    fallback: float = opt(384 / 448, "without an object: side of the box as a share of the photo's; random place in training, the centre else (authors' code)")
-    parts: int = opt(2, "number of parts (Sec. 2.2)")
-    part_crop: float = opt(128 / 384, "side of a part as a share of the object image's (authors' code; Sec. 2.2: 112 / 384)")
-    part_source: str = opt("object", "parts are cropped from the object image (authors' code) or from the photo in high resolution (Sec. 3)", ("object", "highres"))
-    part_iou: float = opt(0.1, "largest IoU of two parts (authors' code)")
-    score_pool: str = opt("avg", "score of a window: average, maximum or generalised mean (p = 3) of its attention (Sec. 2.2)", ("avg", "max", "gem"))
-    stride: int = opt(1, "step between windows, in pixels of the score map, a third of encoder_size wide (Sec. 2.2)")
+    backbone: str = opt("vit_base", "the shared encoder (Sec. 2: ViT-B/16)", tuple(common.VITS))
+    encoder_size: int = opt(384, "pixels of photo, object and part as encoded, squashed (Sec. 3)", least=8, most=8192)
+    full_resize: str = opt(
+        "bilinear", "reduces the photo: bilinear, antialiased (our choice); nearest (code)", ("bilinear", "nearest"))
+    head: str = opt("mlp", "linear, ReLU, linear (Sec. 2); mlp_bn: with BatchNorm (code, Cars)", ("mlp", "mlp_bn"))
+    stages: str = opt("abc", "trained and used: a photo, b object, c parts (Sec. 2)", ("a", "b", "ab", "abc"))
+    fusion: str = opt(
+        "mean", "prediction: of one stage, or the mean of all (our choice)", ("full", "object", "parts", "mean"))
+    part_reduction: str = opt("mean", "loss of the parts: mean (code) or sum (Eq. 1)", ("mean", "sum"))
+    head_fusion: str = opt("mean", "joins a layer's heads in the attention map (code: mean)", ("mean", "max", "min"))
+    threshold: str = opt(
+        "mean", "foreground: above the mean (Sec. 2.1) or the median", ("mean", "median"))
+    score: str = opt("bbox", "object: most attention in its bbox (code) or region (Sec. 2.1)", ("bbox", "region"))
+    min_object_area: float = share(64**2 / 448**2, "smallest object, as a share of the photo (code)")
+    fallback: float = opt(384 / 448, "without an object: side of the box, as a share (code)", least=0.1, most=1)
+    parts: int = opt(2, "number of parts (Sec. 2.2)", least=1, most=99)
+    part_crop: float = share(1 / 3, "side of a part, a share of the object's (code; Sec. 2.2: 112 / 384)")
+    part_source: str = opt("object", "parts are cut from the object (code) or the photo (Sec. 3)", ("object", "highres"))
+    part_iou: float = share(0.1, "largest IoU of two parts (code)")
+    score_pool: str = opt(
+        "avg", "a window's score: average, maximum or generalised mean, p = 3 (Sec. 2.2)", ("avg", "max", "gem"))
+    stride: int = opt(1, "step between windows, pixels of the score map (Sec. 2.2)", least=1, most=8192)
     erase: bool = opt(False, "training: erase the most attended pixels of photos and objects (Sec. 2.3)")
-    erase_prob: float = opt(0.5, "erase: probability P for an image (authors' code)")
-    erase_threshold: float = opt(0.7, "erase: pixels with more attention than this share of the maximum, T (authors' code)")
-    phases: tuple[float, ...] = opt((2, 4), "length of each training phase in epochs; shares of the run when epochs differs from their sum (authors' code)")
-    head_lr: tuple[float, ...] = opt((3, 1), "peak learning rate of the new norm and head in each phase, as a factor of lr (authors' code)")
-    encoder_lr: tuple[float, ...] = opt((0, 0.02), "peak learning rate of the encoder in each phase, as a factor of lr; 0: frozen (authors' code)")
+    erase_prob: float = share(0.5, "erase: probability P for an image (code)")
+    erase_threshold: float = share(0.7, "erase: above this share T of the largest attention (code)")
+    attention_crop: float = share(0.0, "training: probability that stage a sees the object alone (Sec. 2.3; code: 0)")
+    phases: tuple[float, ...] = opt((2, 4), "length of each training phase, relative to their sum (code)", least=0.01)
+    head_lr: tuple[float, ...] = opt((3, 1), "peak lr of new norm and head in each phase, times lr (code)", least=0)
+    encoder_lr: tuple[float, ...] = opt((0, 0.02), "peak lr of the encoder likewise; 0: frozen (code)", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        stage = {"full": "a", "object": "b", "parts": "c"}.get(self.fusion, "")
+        if stage not in self.stages:
+            raise ValueError(f"--fusion {self.fusion} needs stage {stage}; --stages {self.stages} leaves it out")
+        if not len(self.phases) == len(self.head_lr) == len(self.encoder_lr) > 0:
+            raise ValueError("--phases, --head-lr and --encoder-lr: give each one value for each phase")
 
 
 CUB = Recipe(
-    image_size=(448, 448), resize=(512, 512), crop="resized", crop_area=(0.75, 1.0), rotate=10, zoom=(1.0, 1.1), affine_prob=0.75,
-    brightness=0.2, contrast=0.2, jitter_prob=0.75, batch_size=20, epochs=10, optimizer="radam", lr=1e-3, momentum=0.95, eps=1e-6, weight_decay=0.01,
-    schedule="onecycle", label_smoothing=0.1, weights="default", phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),
+    image_size=(448, 448), resize=(512, 512), crop="resized", crop_area=(0.75, 1.0),
+    rotate=10, zoom=(1.0, 1.1), affine_prob=0.75, brightness=0.2, contrast=0.2, jitter_prob=0.75,
+    batch_size=20, epochs=10, optimizer="radam", lr=1e-3, momentum=0.95, beta2=0.99, eps=1e-6, weight_decay=0.01,
+    schedule="onecycle", label_smoothing=0.1, weights="default",
+    phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),  # epochs: the head alone, all, all gently
 )
-DOGS = replace(CUB, batch_size=16, epochs=6, phases=(2, 4), head_lr=(3, 1), encoder_lr=(0, 0.02))
 RECIPES = {
     "cub": CUB,
-    "dogs": DOGS,
-    "cars": replace(
-        CUB, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), batch_size=16, epochs=56, lr=1e-2, head="mlp_bn", min_object_area=73**2 / 512**2,
-        fallback=384 / 512, part_crop=170 / 384, phases=(24, 32), head_lr=(1, 0.33), encoder_lr=(0, 0.0033),
-    ),  # never completed by the authors
-    "aircraft": replace(
-        CUB, image_size=(786, 786), resize=(898, 898), batch_size=16, epochs=20, min_object_area=128**2 / 786**2, fallback=384 / 786, part_crop=224 / 384,
+    "dogs": replace(CUB, batch_size=16, epochs=6, phases=(2, 4), head_lr=(3, 1), encoder_lr=(0, 0.02)),
+    "cars": replace(  # never completed by the authors
+        CUB, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), batch_size=16, epochs=56, lr=1e-2,
+        head="mlp_bn", min_object_area=73**2 / 512**2, fallback=384 / 512, part_crop=170 / 384,
+        phases=(24, 32), head_lr=(1, 0.33), encoder_lr=(0, 0.0033),
+    ),
+    "aircraft": replace(  # not in the paper; from the authors' notebooks
+        CUB, image_size=(786, 786), resize=(898, 898), batch_size=16, epochs=20,
+        min_object_area=128**2 / 786**2, fallback=384 / 786, part_crop=224 / 384,
         phases=(4, 16), head_lr=(3, 1), encoder_lr=(0, 0.04),
-    ),  # not in the paper; from the authors' notebooks
-    "plant": CUB,  # Plant Pathology 2020, not the set of Table 1 (see above); the authors give no recipe
+    ),
+    "plant": CUB,  # not the set of Table 1 (see above); the authors give no recipe
     "folder": CUB,
     "toy": Recipe(
-        image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), backbone="toy_vit16", toy_preset="birds-small", batch_size=32, epochs=30, optimizer="adamw", lr=2e-3,
-        weight_decay=0.05, schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,), amp="off",
+        image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), toy_preset="birds-small",
+        backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, weight_decay=0.05, amp="off",
+        schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,),
     ),
 }
-
-NOTEBOOK = (
-    ("full", {"stages": "a"}), ("full, erasing", {"stages": "a", "erase": True}), ("object", {"stages": "b"}), ("object, erasing", {"stages": "b", "erase": True}),
-    ("full + object", {"stages": "ab"}), ("full + object, erasing", {"stages": "ab", "erase": True}),
-    ("full + object + parts", {"stages": "abc"}), ("full + object + parts, erasing", {"stages": "abc", "erase": True}),
-)
-VIT, OURS = ("ViT-B/16", {"stages": "a"}), ("multi-stage", {"stages": "abc"})
+PLAIN = {"stages": "a"}  # the full photo alone: a ViT
 TABLES = {
-    "baseline": Table("the full photo alone, and all stages", "cub", "top1", (("full photo (plain ViT)", {"stages": "a"}, 89.4), ("object and parts too", {}, 91.0))),
-    "toy": Table("Stages on the toy birds, drawn small", "toy", "top1", (("a", {"stages": "a"}, None), ("a, b", {"stages": "ab"}, None), ("a, b, c", {"stages": "abc"}, None))),
-    "2": Table("Table 2: Stanford Dogs (its photos are part of ImageNet: pretrained weights have seen them)", "dogs", "top1", ((*VIT, 91.7), (*OURS, 93.2))),
-    "3": Table("Table 3: CUB-200-2011", "cub", "top1", ((*VIT, 89.4), (*OURS, 91.0))),
-    "3-cars": Table("Table 3: Stanford Cars", "cars", "top1", ((*VIT, 92.8), (*OURS, 94.3))),
-    "4": Table("Table 4: not reproducible as printed (paper: ViT 91.7, ours 92.4); its set is iCassava 2019, its test photos have no labels", "plant", "top1", ((*VIT, None), (*OURS, None))),
-    "ablation": Table("The notebooks' eight runs on Dogs; logged numbers where a run was finished", "dogs", "top1", tuple((*row, logged) for row, logged in zip(NOTEBOOK, (93.07, 92.70, 90.40, 90.04) + (None,) * 4))),
-    "text": Table(
-        "Sec. 2.1 and 2.2: pooling, stride, source and loss of the parts, heads, choice of the object", "cub", "top1",
-        (("as the code", {}, None), ("max pooling", {"score_pool": "max"}, None), ("GeM pooling", {"score_pool": "gem"}, None), ("stride 2", {"stride": 2}, None),
-         ("parts of 112 / 384", {"part_crop": 112 / 384}, None), ("parts in high resolution", {"part_source": "highres"}, None), ("sum over parts", {"part_reduction": "sum"}, None),
-         ("maximum of the heads", {"head_fusion": "max"}, None), ("minimum of the heads", {"head_fusion": "min"}, None), ("object by region", {"score": "region"}, None)),
-    ),
+    "toy": Table("Stages on the toy birds, drawn small", "toy", "top1", (
+        ("a", PLAIN, None),
+        ("a, b", {"stages": "ab"}, None),
+        ("a, b, c", {}, None),
+    )),
+    "2": Table("Table 2: Stanford Dogs (photos of ImageNet: pretrained weights have seen them)", "dogs", "top1", (
+        ("ViT-B/16", PLAIN, 91.7),
+        ("multi-stage", {}, 93.2),
+    )),
+    **by_dataset("3", "Table 3 (its ResNet-101, 83.5 and 91.2, is not ours)", {"cub": "top1", "cars": "top1"}, (
+        ("ViT-B/16", PLAIN, 89.4, 92.8),
+        ("multi-stage", {}, 91.0, 94.3),
+    )),
+    "4": Table(
+        "Table 4, not reproducible as printed: ViT 91.7, multi-stage 92.4; not ours: ResNet-50 89.2, EfficientNet-B0 "
+        "90.1, B2 90.4; its set is iCassava 2019, its test photos have no labels", "plant", "top1", (
+            ("ViT-B/16", PLAIN, None),
+            ("multi-stage", {}, None),
+        )),
+    "ablation": Table("The notebooks' eight runs on Dogs; logged numbers where a run was finished", "dogs", "top1", (
+        ("full", PLAIN, 93.07),
+        ("full, erasing", {"stages": "a", "erase": True}, 92.70),
+        ("object", {"stages": "b"}, 90.40),
+        ("object, erasing", {"stages": "b", "erase": True}, 90.04),
+        ("full + object", {"stages": "ab"}, None),
+        ("full + object, erasing", {"stages": "ab", "erase": True}, None),
+        ("full + object + parts", {}, None),
+        ("full + object + parts, erasing", {"erase": True}, None),
+    )),
+    "text": Table("What Sec. 2.1 to 2.3 name without numbers, and where paper and code differ", "cub", "top1", (
+        ("as the code", {}, None),
+        ("threshold: median", {"threshold": "median"}, None),
+        ("object by region", {"score": "region"}, None),
+        ("max pooling", {"score_pool": "max"}, None),
+        ("GeM pooling", {"score_pool": "gem"}, None),
+        ("stride 2", {"stride": 2}, None),
+        ("parts of 112 / 384", {"part_crop": 112 / 384}, None),
+        ("parts in high resolution", {"part_source": "highres"}, None),
+        ("sum over parts", {"part_reduction": "sum"}, None),
+        ("maximum of the heads", {"head_fusion": "max"}, None),
+        ("minimum of the heads", {"head_fusion": "min"}, None),
+        ("attention erasing", {"erase": True}, None),
+        ("attention cropping", {"attention_crop": 0.5}, None),
+    )),
 }
+TABLES["baseline"] = TABLES["3"]
 
-# ------------------------------------------------------------------------------------------------ where is the object (Sec. 2, 2.1)
+# --------------------------------------------------------------------------------------- Sec. 2, 2.1: the object
 
 
-def attention_map(attns, grid, fusion="mean"):
-    """Rollout of the class token over the patches (Sec. 2). Attention per layer, first layer first -> (B, gh, gw), detached, maximum 1.
+def attention_map(layers, grid, fusion="mean"):
+    """Rollout of the class token over the patches (Sec. 2): (q, k) per layer, first layer first -> (B, gh, gw).
 
-    A layer is (B, h, N, N), (B, N, N) with its heads fused, or the (q, k) from which common.cls_rollout recomputes it a slab at a time,
-    so that the layers' attention tensors (192 MB an image at 384 pixels) never stand in memory. All zeros if no patch was attended to.
+    Detached, maximum 1; all zeros if no patch is attended to. Each layer's attention counts half, the other half
+    is the identity of its residual path, which the paper does not mention.
     """
-    fuse = {"mean": torch.Tensor.mean, "max": torch.Tensor.amax, "min": torch.Tensor.amin}[fusion]
-    row = common.cls_rollout([fuse(a, 1) if torch.is_tensor(a) and a.ndim == 4 else a for a in attns], fusion)[:, 1:]  # (B, gh * gw)
+    row = common.cls_rollout(layers, fusion)[:, 1:]  # (B, gh * gw)
     return (row / row.amax(1, keepdim=True).clamp(min=1e-12)).unflatten(1, grid)
 
 
+def resize(maps, size):
+    """Maps (B, h, w) -> (B, H, W) or (B, size, size), bilinear with corners on corners (authors' code)."""
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+
+
 def closing(mask):
-    """Binary closing with a 3 x 3 cross (Sec. 2.1): gaps of one or two pixels close. (..., H, W) bool -> the same."""
+    """Binary closing with a 3 x 3 cross (Sec. 2.1): gaps of one or two pixels close. (B, H, W) bool -> the same."""
 
-    def cross(m):  # the pixel, above, below, left, right: (..., H, W) out of (..., H + 2, W + 2)
-        return m[..., 1:-1, 1:-1], m[..., :-2, 1:-1], m[..., 2:, 1:-1], m[..., 1:-1, :-2], m[..., 1:-1, 2:]
+    def grow(mask):  # by the pixels above, below, left and right
+        m = F.pad(mask, (1, 1, 1, 1))
+        return m[:, 1:-1, 1:-1] | m[:, :-2, 1:-1] | m[:, 2:, 1:-1] | m[:, 1:-1, :-2] | m[:, 1:-1, 2:]
 
-    grown = reduce(torch.bitwise_or, cross(F.pad(mask, (1, 1, 1, 1), value=False)))
-    return reduce(torch.bitwise_and, cross(F.pad(grown, (1, 1, 1, 1), value=True)))  # outside counts as foreground: the frame does not erode
+    return ~grow(~grow(mask))  # outside is no background: the frame does not erode
 
 
 def connected_components(mask):
-    """8-connected components: (..., H, W) bool -> labels, 0 for background, 1, 2, ... in scan order, numbered through a batch.
+    """8-connected components: (B, H, W) bool -> labels, 0 background, 1, 2, ... in scan order, through a batch.
 
-    Runs of foreground in a row are nodes, runs that touch in the next row are edges; each round hooks roots onto smaller neighbours and then
-    shortens all paths to length one. 448 x 448 on one core: 2 ms of CPU time for an attention map, 18 ms for noise of the worst density (0.41), measured with
-    python -m timeit -p -s "import torch, vit_fgvc; torch.set_num_threads(1); m = torch.rand(448, 448) < 0.41" "vit_fgvc.connected_components(m)"
+    A run is a stretch of foreground in a row, from `first` to before `end`. Two runs that touch and differ in
+    number hand the smaller one on to the run that the larger one names, until all that touch agree.
     """
-    H, W = mask.shape[-2:]
-    flat = F.pad(mask.reshape(-1, H, W), (0, 1, 0, 1)).flatten()  # a blank column and row: no run crosses a row or an image
-    first = (flat & ~F.pad(flat[:-1], (1, 0))).nonzero()[:, 0]  # (R,) first and last pixel of each run
-    last = (flat & ~F.pad(flat[1:], (0, 1))).nonzero()[:, 0]
-    low = torch.searchsorted(last, first + W)  # runs low .. high - 1 of the next row (W + 1 pixels on) touch, also by a corner
-    count = (torch.searchsorted(first, last + W + 2, right=True) - low).clamp(min=0)
-    above = torch.arange(len(first), device=mask.device).repeat_interleave(count)
-    below = torch.arange(len(above), device=mask.device) - (count.cumsum(0) - count - low).repeat_interleave(count)
-    root = torch.arange(len(first), device=mask.device)
-    while len(above):
-        a, b = root[above], root[below]
-        root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-        while not torch.equal(root, root[root]):
-            root = root[root]
-        apart = root[above] != root[below]
-        above, below = above[apart], below[apart]
-    number = (root == torch.arange(len(root), device=mask.device)).cumsum(0)[root]  # of each run
-    labels = flat.long()
-    labels[flat] = number.repeat_interleave(last - first + 1)
-    return labels.view(-1, H + 1, W + 1)[:, :H, :W].reshape(mask.shape)
+    row = mask.shape[2] + 2  # a row with a blank at both ends; a blank row parts the images
+    flat = F.pad(mask, (1, 1, 0, 1)).flatten()
+    first, end = (flat[1:] != flat[:-1]).nonzero().view(-1, 2).T.contiguous()  # (R,) each
+    runs = number = torch.arange(len(first), device=mask.device)
+
+    # a run of the next row touches, also by a corner, if it ends not before `first` and begins not behind `end`
+    low, high = torch.searchsorted(end, first + row), torch.searchsorted(first, end + row, right=True)
+    upper = runs.repeat_interleave(high - low)  # (E,) all pairs of runs that touch
+    lower = torch.arange(len(upper), device=mask.device) + (high - (high - low).cumsum(0))[upper]
+
+    while not torch.equal(a := number[upper], b := number[lower]):
+        number = number.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+        number = number[number[number]]  # a run takes the number that its own has got
+    labels = (number == runs).cumsum(0)[number]  # of each run
+    return mask.long().masked_scatter(mask, labels.repeat_interleave(end - first))
 
 
 @torch.compiler.disable  # numbers of components are data: nothing to compile
-def object_box(attention, min_area, score="bbox", fallback=384 / 448, random=False):
-    """Box of the object in an attention map (Sec. 2.1): (..., H, W) -> (..., 4) half-open row1, col1, row2, col2 in pixels of the map.
+def object_box(maps, recipe, random=False):
+    """Box of the object in attention maps (Sec. 2.1): (B, H, W) -> (B, 4) xyxy, half-open, in pixels of the map.
 
-    Pixels above the mean, closed, fall into components; of those with at least `min_area` pixels the one with the largest attention inside
-    its box (score bbox) or itself (region) is taken, the first in scan order of equals. Without any (a constant map, or specks only) the box
-    is a share `fallback` of each side, in the centre or at a random place.
+    The map is thresholded and closed. Of the connected components that are large enough the one with the largest
+    attention, inside its box (score bbox) or itself (region), is the object; of equals the first in scan order.
+    Without any the box is a share of each side, in the centre or at a random place.
     """
-    H, W = attention.shape[-2:]
-    maps = attention.detach().reshape(-1, H, W)
-    foreground = maps - maps.mean((1, 2), keepdim=True) > 1e-5 * maps.amax((1, 2), keepdim=True)  # 1e-5: a map constant up to rounding has no object
-    labels = connected_components(closing(foreground))
-    edges = F.pad(labels, (1, 1)).diff(dim=2) != 0  # a run of foreground in a row begins and ends at an edge; an image has few of them
-    image, row, first = (edges[:, :, :-1] & (labels > 0)).nonzero().T  # (R,)
-    last = (edges[:, :, 1:] & (labels > 0)).nonzero()[:, 2]
-    label = labels[image, row, first] - 1
-    n = int(labels.max())
+    r, (B, H, W) = recipe, maps.shape
+    h, w = round(r.fallback * H), round(r.fallback * W)
+    place = torch.rand(B, 2) if random else torch.full((B, 2), 0.5)
+    y, x = (place * torch.tensor([H - h, W - w])).long().T
+    boxes = torch.stack([x, y, x + w, y + h], 1).to(maps.device)
 
-    def over(values, how, start):  # one value per component
-        return torch.full((n,), start, device=maps.device).scatter_reduce(0, label, values, how)
-
-    boxes = torch.stack([over(row, "amin", H), over(first, "amin", W), over(row, "amax", -1) + 1, over(last, "amax", -1) + 1], 1)  # (n, 4)
-    large = (over(last - first + 1, "sum", 0) >= min_area).nonzero()[:, 0]  # a few at most
-    owners, large_boxes = over(image, "amax", -1)[large].tolist(), boxes[large].tolist()
-    if score == "region":
-        scores = [maps[i][labels[i] == k + 1].max() for i, k in zip(owners, large.tolist())]
-    else:
-        scores = [maps[i, r1:r2, c1:c2].max() for i, (r1, c1, r2, c2) in zip(owners, large_boxes)]
-    scores = torch.stack(scores).tolist() if scores else []
-    found, best = fallback_boxes(len(maps), H, W, fallback, random).tolist(), [-torch.inf] * len(maps)
-    for i, box, value in zip(owners, large_boxes, scores):  # in scan order
-        if value > best[i]:
-            found[i], best[i] = box, value
-    return torch.tensor(found, device=maps.device).reshape(*attention.shape[:-2], 4)
+    level = {"mean": maps.mean((1, 2)), "median": maps.flatten(1).median(1).values}[r.threshold]
+    foreground = maps - level[:, None, None] > 1e-5 * maps.amax((1, 2), keepdim=True)  # constant maps have none
+    labels, smallest = connected_components(closing(foreground)), max(1, round(r.min_object_area * H * W))
+    for image, (attention, label) in enumerate(zip(maps, labels)):
+        largest = 0.0
+        for number, area in enumerate(label.flatten().bincount()[1:].tolist(), 1):
+            if area >= smallest:
+                y, x = (label == number).nonzero().T
+                box = x1, y1, x2, y2 = x.min(), y.min(), x.max() + 1, y.max() + 1
+                found = (attention[y1:y2, x1:x2] if r.score == "bbox" else attention[y, x]).max()
+                if found > largest:
+                    largest, boxes[image] = found, torch.stack(box)
+    return boxes
 
 
-def fallback_boxes(n, H, W, share, random):
-    """Boxes for n images without an object, of a share of each side, in the centre or each at a random place -> (n, 4)."""
-    h, w = max(1, round(share * H)), max(1, round(share * W))
-    room = torch.tensor([H - h, W - w])
-    corner = (torch.rand(n, 2) * room).long() if random else (room // 2).expand(n, 2)
-    return torch.cat([corner, corner + torch.tensor([h, w])], 1)
-
-
-# ------------------------------------------------------------------------------------------------ where are its parts (Sec. 2.2)
-
-
-def suppress(boxes, scores, keep, iou):
-    """Greedy non-maximum suppression of many images at once: boxes (n, 4), scores (B, n) -> indices (B, keep), best first.
-
-    IoU counts the last pixel as inside (areas "+1", as the authors' code); windows that touch overlap. Too few windows: the last is repeated.
-    """
-    scores = scores.clone()
-    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
-    chosen = [scores.argmax(1)]
-    while len(chosen) < keep:
-        last = boxes[chosen[-1]][:, None]  # (B, 1, 4)
-        inter = (torch.minimum(last[..., 2:], boxes[:, 2:]) - torch.maximum(last[..., :2], boxes[:, :2]) + 1).clamp(min=0).prod(2)  # (B, n)
-        scores[inter > iou * (area[chosen[-1]][:, None] + area - inter)] = -torch.inf
-        scores.scatter_(1, chosen[-1][:, None], -torch.inf)
-        best, index = scores.max(1)
-        chosen.append(torch.where(best > -torch.inf, index, chosen[-1]))
-    return torch.stack(chosen, 1)
+# --------------------------------------------------------------------------------------- Sec. 2.2: its parts
 
 
 @torch.compiler.disable
-def part_boxes(attention, crop, size, parts=2, iou=0.1, stride=1, pool="avg"):
-    """The windows with most attention that hardly overlap (Sec. 2.2): map (..., h, w) -> (..., parts, 4) half-open row1, col1, row2, col2.
+def part_boxes(maps, recipe):
+    """The windows with most attention that hardly overlap (Sec. 2.2): (B, s, s) -> (B, P, 4) xyxy, half-open.
 
-    Boxes are in pixels of a size x size object image, exactly `crop` wide, best first; IoU is that of the windows on the map. If fewer windows
-    than `parts` fit, the last is repeated. Raises ValueError if `crop` is not within 1 .. size.
+    Boxes are in pixels of the object image, all of the same size, best first. IoU is that of the windows on the map
+    and counts the pixel behind the last (areas "+1", code), so windows that touch overlap. If fewer windows than
+    parts fit, the last is repeated.
     """
-    if not 1 <= crop <= size:
-        raise ValueError(f"a part crop of {crop} pixels does not fit an object image of {size}; use 1 to {size} (recipe: part_crop, a share of encoder_size)")
-    h, w = attention.shape[-2:]
-    maps = attention.detach().reshape(-1, 1, h, w)
-    kh, kw = max(1, crop * h // size), max(1, crop * w // size)
-    if pool == "max":
-        scores = F.max_pool2d(maps, (kh, kw), stride)
-    else:
-        scores = F.avg_pool2d(maps.pow(3) if pool == "gem" else maps, (kh, kw), stride)  # the cube root of GeM changes no order
-    rows, cols = (torch.arange(n, device=maps.device) * stride for n in scores.shape[-2:])
-    corner = torch.cartesian_prod(rows, cols)  # (n, 2)
-    windows = torch.cat([corner, corner + torch.tensor([kh, kw], device=maps.device)], 1)
-    corner = corner[suppress(windows, scores.flatten(1), parts, iou)]  # (B, parts, 2)
-    corner = (corner * size // torch.tensor([h, w], device=maps.device)).clamp(max=size - crop)  # pixels; widening keeps the corner unless it would leave the image
-    return torch.cat([corner, corner + crop], 2).reshape(*attention.shape[:-2], parts, 4)
+    r, side, size = recipe, maps.shape[2], recipe.encoder_size
+    crop = max(1, round(r.part_crop * size))
+    kernel = max(1, crop * side // size)
+    pooling = F.max_pool2d if r.score_pool == "max" else F.avg_pool2d
+    scores = pooling(maps**3 if r.score_pool == "gem" else maps, kernel, r.stride)  # a root would change no order
+    steps = torch.arange(scores.shape[2], device=maps.device) * r.stride
+    corners = torch.cartesian_prod(steps, steps).flip(1)  # (n, 2) x, y, row by row
+    windows = torch.cat([corners, corners + kernel + 1], 1)
+
+    scores = scores.flatten(1)  # (B, n)
+    chosen = [scores.argmax(1)]
+    for _ in range(1, r.parts):  # non-maximum suppression
+        overlap = box_iou(windows[chosen[-1]], windows)  # (B, n)
+        scores = scores.masked_fill(overlap > r.part_iou + 1e-6, -torch.inf)  # one equal to it passes
+        best, index = scores.max(1)
+        chosen.append(torch.where(best > -torch.inf, index, chosen[-1]))
+    corners = corners[torch.stack(chosen, 1)]  # (B, P, 2)
+    corners = (corners * size // side).clamp(max=size - crop)  # pixels of the image
+    return torch.cat([corners, corners + crop], 2)
 
 
 def crop(images, boxes, size):
-    """Cut a box out of each image and resize it, corners on corners: (B, c, H, W), (B, 4) half-open row1, col1, row2, col2 -> (B, c, size, size)."""
-    H, W = images.shape[-2:]
-    t = torch.linspace(0, 1, size, device=images.device)
-    r1, c1, r2, c2 = boxes.float()[:, :, None].unbind(1)  # (B, 1) each
-    y, x = r1 + t * (r2 - 1 - r1), c1 + t * (c2 - 1 - c1)  # (B, size) pixels
-    y, x = 2 * y / max(1, H - 1) - 1, 2 * x / max(1, W - 1) - 1
-    grid = torch.stack([x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
-    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=True)
+    """Cut boxes (B, P, 4), xyxy and half-open, out of images (B, c, H, W) and resize them, corners on corners.
+
+    -> (B, P, c, size, size)
+    """
+    H, W = images.shape[2:]
+    low, high = boxes[..., None].float().split(2, 2)  # (B, P, 2, 1)
+    points = low + torch.linspace(0, 1, size, device=images.device) * (high - 1 - low)  # (B, P, 2, size) pixels
+    x, y = (2 * points / points.new_tensor([[W - 1], [H - 1]]).clamp(min=1) - 1).unbind(2)  # from -1 to 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), 4).flatten(1, 2).to(images.dtype)
+    views = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # one under the other
+    return views.unflatten(2, (-1, size)).transpose(1, 2)
 
 
-def erase(images, maps, threshold, probability, generator=None):
-    """Erase what was looked at (Sec. 2.3): with `probability`, an image's pixels with maps (B, H, W) > threshold become 0, the mean colour."""
-    coin = torch.rand(len(images), generator=generator, device=images.device) < probability
-    return images.masked_fill((coin[:, None, None] & (maps > threshold))[:, None], 0.0)
+# --------------------------------------------------------------------------------------- Sec. 2.3, Eq. 1
 
 
-# ------------------------------------------------------------------------------------------------ loss and prediction
+def erase(images, maps, recipe):
+    """Erase what is attended (Sec. 2.3): with probability P, pixels of an image (B, 1, 3, H, W) with more attention
+    (B, H, W) than the threshold T become 0, the mean colour."""
+    coin = torch.rand(len(images), 1, 1, device=images.device) < recipe.erase_prob
+    return images.masked_fill((coin & (maps > recipe.erase_threshold))[:, None, None], 0.0)
 
 
-def joint_loss(logits, targets, label_smoothing=0.1, part_reduction="mean"):
-    """Eq. 1 over the stages present: {"full": (B, K), "object": (B, K), "parts": (B, P, K)}, (B,) -> (loss, detached terms)."""
+def joint_loss(logits, targets, recipe):
+    """Eq. 1 over the stages present: {name: (B, P, K)}, P views of each image, and (B,) -> (loss, its terms)."""
     terms = {}
     for name, stage in logits.items():
-        stage, parts = stage.float(), stage.shape[1] if name == "parts" else 1
-        terms[name] = F.cross_entropy(stage.reshape(-1, stage.shape[-1]), targets.repeat_interleave(parts), label_smoothing=label_smoothing)
-        if part_reduction == "sum":
-            terms[name] = terms[name] * parts
+        smoothing = recipe.label_smoothing
+        losses = [F.cross_entropy(view.float(), targets, label_smoothing=smoothing) for view in stage.unbind(1)]
+        terms[name] = sum(losses) / (1 if recipe.part_reduction == "sum" else len(losses))
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
 
 def fuse(logits, fusion):
-    """The stages' logits -> (B, K): those of one stage (parts: their mean) or the mean of the stages."""
-    stages = {name: stage.mean(1) if name == "parts" else stage for name, stage in logits.items()}
-    return torch.stack(list(stages.values())).mean(0) if fusion == "mean" else stages[fusion]
+    """The stages' logits {name: (B, P, K)} -> (B, K): those of one stage, or the mean of the stages."""
+    stages = {name: stage.mean(1) for name, stage in logits.items()}
+    return stages[fusion] if fusion in stages else torch.stack(list(stages.values())).mean(0)
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# --------------------------------------------------------------------------------------- Fig. 2: the model
+
+SCORE_MAP = 3  # windows are scored on a map this many times smaller than the object image: 128 of 384 (code)
 
 
 class MultiStageViT(nn.Module):
-    """One encoder, one new norm and one head for the photo, the object and the parts (Fig. 2). Images may have any size and aspect."""
+    """One encoder, new norm and head for photo, object and parts (Fig. 2). Images may have any size and aspect."""
 
     def __init__(self, recipe, num_classes):
         super().__init__()
-        self.recipe = recipe
-        self.encoder = common.vit(recipe.backbone, (recipe.encoder_size, recipe.encoder_size), drop_path=recipe.drop_path)
-        self.encoder.norm = nn.Identity()  # the pretrained norm is dropped for a new one, so that the encoder can stay frozen (authors' code)
-        dim = self.encoder.cls_token.shape[-1]
+        self.recipe, self.size = recipe, recipe.encoder_size
+        self.encoder = common.vit(recipe.backbone, self.size, drop_path=recipe.drop_path)
+        self.encoder.norm = nn.Identity()  # a new one instead, which trains while the encoder is frozen (code)
+        dim, plain = self.encoder.cls_token.shape[-1], recipe.head == "mlp"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        if recipe.head == "mlp":
-            self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, num_classes))
-        else:
-            first, second = nn.Linear(dim, dim, bias=False), nn.Linear(dim, num_classes, bias=False)
-            self.head = nn.Sequential(nn.BatchNorm1d(dim), nn.Dropout(0.25), first, nn.ReLU(), nn.BatchNorm1d(dim), nn.Dropout(0.5), second)
+        first, last = nn.Linear(dim, dim, bias=plain), nn.Linear(dim, num_classes, bias=plain)
+        before, between = [nn.BatchNorm1d(dim), nn.Dropout(0.25)], [nn.BatchNorm1d(dim), nn.Dropout(0.5)]
+        layers = [first, nn.ReLU(), last] if plain else [*before, first, nn.ReLU(), *between, last]
+        self.head = nn.Sequential(*layers)
 
-    def encode(self, images, attend):
-        """(B, 3, S, S) -> logits (B, K) and, if `attend`, the attention map (B, gh, gw)."""
+    def encode(self, views, attend=False):
+        """P views of each image (B, P, 3, S, S) -> logits (B, P, K) and, if `attend`, maps (B * P, gh, gw)."""
         layers = []
-        tokens = self.encoder.features(images, (lambda q, k: layers.append((q, k))) if attend else None)  # (B, N, C)
-        logits = self.head(self.norm(tokens[:, 0]))
+        tokens = self.encoder.features(views.flatten(0, 1), (lambda *qk: layers.append(qk)) if attend else None)
+        logits = self.head(self.norm(tokens[:, 0])).unflatten(0, views.shape[:2])
         return logits, attention_map(layers, self.encoder.grid, self.recipe.head_fusion) if attend else None
 
-    def stages(self, images, locate=False):
-        """Run the stages (Fig. 2): (B, 3, H, W) -> logits by stage, and what was seen on the way: maps, boxes and crops.
-
-        With `locate` everything is found whatever the recipe's stages, for pictures.
-        """
-        r, size, logits, seen = self.recipe, self.recipe.encoder_size, {}, {}
-        erasing = self.training and r.erase
-        B, _, H, W = images.shape
-
-        # a: the photo, small; photos that will be erased need a first pass, for their attention alone
-        small = F.interpolate(images, (size, size), mode="nearest") if r.full_resize == "nearest" else F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        marked = (torch.rand(B, device=images.device) < r.erase_prob).nonzero()[:, 0] if erasing and "a" in r.stages else ()
-        if len(marked):
-            first = self.attention(small[marked])
-            small = small.index_copy(0, marked, erase(small[marked], resize(first, size, size), r.erase_threshold, 1.0))
-        if "a" in r.stages:
-            logits["full"], seen["map"] = self.encode(small, attend=locate or r.stages != "a")
-            if len(marked) and seen["map"] is not None:
-                seen["map"] = seen["map"].index_copy(0, marked, first)
-        else:
-            seen["map"] = self.attention(small)
-        if r.stages == "a" and not locate:
-            return logits, seen
-
-        # b: the object, cut out of the photo at full resolution
-        seen["wide_map"] = resize(seen["map"], H, W)
-        seen["box"] = object_box(seen["wide_map"], round(r.min_object_area * H * W), r.score, r.fallback, self.training)
-        seen["object"] = crop(images, seen["box"], size)
-        seen["object_map"] = crop(seen["wide_map"][:, None], seen["box"], size)[:, 0]
-        if erasing:
-            seen["object"] = erase(seen["object"], seen["object_map"], r.erase_threshold, r.erase_prob)
-        if "b" in r.stages:
-            logits["object"] = self.encode(seen["object"], attend=False)[0]
-        if "c" not in r.stages and not locate:
-            return logits, seen
-
-        # c: its parts, all in one batch
-        side = round(r.part_crop * size)
-        found = part_boxes(resize(seen["object_map"], size // 3, size // 3), side, size, r.parts, r.part_iou, r.stride, r.score_pool)  # (B, P, 4) of the object image
-        r1, c1, r2, c2 = seen["box"][:, None].unbind(2)
-        scale = torch.stack([r2 - r1, c2 - c1] * 2, 2) / size
-        seen["part_boxes"] = torch.stack([r1, c1, r1, c1], 2) + found * scale  # (B, P, 4) of the photo
-        source, boxes = (images, seen["part_boxes"]) if r.part_source == "highres" else (seen["object"], found)
-        parts = crop(source.repeat_interleave(r.parts, 0), boxes.flatten(0, 1), size)  # (B * P, 3, S, S)
-        seen["parts"] = parts.unflatten(0, (B, r.parts))
-        if "c" in r.stages:
-            logits["parts"] = self.encode(parts, attend=False)[0].unflatten(0, (B, r.parts))
-        return logits, seen
-
     @torch.no_grad()
-    def attention(self, images):
-        """A pass for the attention map alone: (B, 3, S, S) -> (B, gh, gw)."""
-        found = self.encode(images, attend=True)[1]
-        torch.clear_autocast_cache()  # else autocast would hand the weights that it cast here, without their graph, to the next pass
-        return found
+    def attention(self, views):
+        """A pass for the attention map alone: (B, 1, 3, S, S) -> (B, gh, gw)."""
+        _, maps = self.encode(views, attend=True)
+        torch.clear_autocast_cache()  # it would hand the weights cast here, without their graph, to the next pass
+        return maps
+
+    def augment(self, images, small, maps):
+        """Attention-based augmentations (Sec. 2.3) of photos (B, 3, H, W), reduced to (B, 1, 3, S, S), by maps."""
+        if self.recipe.erase:
+            small = erase(small, resize(maps, self.size), self.recipe)
+        if self.recipe.attention_crop:
+            coin = torch.rand(len(images), 1, 1, 1, 1, device=images.device) < self.recipe.attention_crop
+            small = torch.where(coin, self.find_object(images, maps)[2], small)
+        return small
+
+    def see_photo(self, images, attend):
+        """Stage a: (B, 3, H, W) -> {"full": logits (B, 1, K)} if it is used, maps (B, gh, gw) if `attend`."""
+        r = self.recipe
+        how = {"mode": r.full_resize, "antialias": r.full_resize == "bilinear"}
+        small = F.interpolate(images, (self.size, self.size), **how)[:, None]
+        if "a" not in r.stages:
+            return {}, self.attention(small)
+        if self.training and (r.erase or r.attention_crop):
+            maps = self.attention(small)  # of the photo as it is: the object is sought there
+            logits, _ = self.encode(self.augment(images, small, maps))
+        else:
+            logits, maps = self.encode(small, attend)
+        return {"full": logits}, maps
+
+    def find_object(self, images, maps):
+        """Stage b: photos (B, 3, H, W) and maps (B, gh, gw) -> maps (B, H, W), boxes (B, 1, 4) of the object in the
+        photo, the object (B, 1, 3, S, S) and its map (B, S, S)."""
+        maps = resize(maps, images.shape[2:])
+        boxes = object_box(maps, self.recipe, self.training)[:, None]
+        view, object_map = crop(images, boxes, self.size), crop(maps[:, None], boxes, self.size)[:, 0, 0]
+        if self.training and self.recipe.erase:
+            view = erase(view, object_map, self.recipe)
+        return maps, boxes, view, object_map
+
+    def find_parts(self, images, boxes, view, object_map):
+        """Stage c: -> boxes (B, P, 4) of the parts in the photo, the parts (B, P, 3, S, S)."""
+        inside = part_boxes(resize(object_map, self.size // SCORE_MAP), self.recipe)  # in the object image
+        corner, far = boxes.split(2, 2)
+        in_photo = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / self.size)
+        highres = self.recipe.part_source == "highres"
+        return in_photo, crop(images, in_photo, self.size) if highres else crop(view[:, 0], inside, self.size)
+
+    def stages(self, images, locate=False):
+        """Run the stages (Fig. 2): (B, 3, H, W) -> logits (B, P, K) by stage.
+
+        With `locate` object and parts are found whatever the recipe's stages, and what was found comes along:
+        maps and boxes of the object in the photo, object, its map, boxes of the parts in the photo, parts.
+        """
+        used = self.recipe.stages
+        wanted = "abc" if locate else used
+        logits, maps = self.see_photo(images, attend=wanted != "a")
+        if wanted == "a":
+            return logits, ()
+        maps, boxes, view, object_map = self.find_object(images, maps)
+        if "b" in used:
+            logits["object"], _ = self.encode(view)
+        if "c" not in wanted:
+            return logits, ()
+        part_boxes, parts = self.find_parts(images, boxes, view, object_map)
+        if "c" in used:
+            logits["parts"], _ = self.encode(parts)
+        return logits, (maps, boxes, view, object_map, part_boxes, parts)
 
     def forward(self, images, targets=None):
         """(B, 3, H, W) -> logits (B, K); with targets (B,) -> (loss, terms)."""
         logits, _ = self.stages(images)
+        fused = fuse(logits, self.recipe.fusion)
         if targets is None:
-            return fuse(logits, self.recipe.fusion)
-        loss, terms = joint_loss(logits, targets, self.recipe.label_smoothing, self.recipe.part_reduction)
-        terms["top1"] = (fuse(logits, self.recipe.fusion).detach().argmax(1) == targets).float().mean()
-        return loss, terms
+            return fused
+        loss, terms = joint_loss(logits, targets, self.recipe)
+        return loss, terms | {"top1": (fused.argmax(1) == targets).float().mean()}
 
     @torch.no_grad()
     def heads(self, images):
         """(B, 3, H, W) -> logits (B, K) of each stage and of their mean."""
         logits, _ = self.stages(images)
-        names = list(logits) + ["mean"] * (len(logits) > 1)
-        return {name: fuse(logits, name) for name in names}
+        return {name: fuse(logits, name) for name in [*logits] + ["mean"] * (len(logits) > 1)}
 
     @torch.no_grad()
     def where(self, images):
-        """(B, 3, H, W) -> the object's box, then its parts (B, 1 + P, 4), xyxy pixels of the photo; scores (B, 1 + P): the object's largest, a part's mean attention."""
-        _, seen = self.stages(images, locate=True)
-        boxes = torch.cat([seen["box"][:, None].float(), seen["part_boxes"]], 1)  # (B, 1 + P, 4) row, col
-        inside = crop(seen["wide_map"].repeat_interleave(boxes.shape[1], 0)[:, None], boxes.flatten(0, 1), self.recipe.encoder_size).unflatten(0, boxes.shape[:2])
-        scores = torch.cat([inside[:, :1].amax((2, 3, 4)), inside[:, 1:].mean((2, 3, 4))], 1)
-        return boxes[..., [1, 0, 3, 2]], scores
+        """(B, 3, H, W) -> boxes (B, 1 + P, 4) xyxy of the object and its parts, scores (B, 1 + P).
+
+        Scores: the largest attention in the object, the mean attention in a part.
+        """
+        common.check_images(images)
+        _, (maps, boxes, _, _, part_boxes, _) = self.stages(images, locate=True)
+        boxes = torch.cat([boxes, part_boxes], 1)
+        inside = crop(maps[:, None], boxes, self.size).flatten(2)  # (B, 1 + P, S * S)
+        return boxes, torch.cat([inside[:, :1].amax(2), inside[:, 1:].mean(2)], 1)
 
     @torch.no_grad()
     def figure(self, images):
-        """Figures 4 and 5 for each image: box, attention, image x attention, object and its map, what erasing leaves, parts."""
-        _, seen = self.stages(images, locate=True)
-        erased = erase(images, seen["wide_map"], self.recipe.erase_threshold, 1.0)
-        pages = []
-        for i, image in enumerate(images):
-            photo, thing = common.to_pil(image, self.recipe.normalize), common.to_pil(seen["object"][i], self.recipe.normalize)
-            weight = Image.fromarray((seen["wide_map"][i] * 255).byte().cpu().numpy()).convert("RGB")
-            pictures = {
-                "object box": common.draw_boxes(photo, seen["box"][i, [1, 0, 3, 2]][None], colours=("#ff2020",), width=max(2, photo.height // 100)),
-                "attention": common.heat(photo, seen["map"][i], strength=1.0),
-                "image x attention": ImageChops.multiply(photo, weight),
-                "object": thing,
-                "its attention": common.heat(thing, seen["object_map"][i], strength=1.0),
-                f"erased above {self.recipe.erase_threshold:g}": common.to_pil(erased[i], self.recipe.normalize),
-            }
-            pictures |= {f"part {p + 1}": common.to_pil(part, self.recipe.normalize) for p, part in enumerate(seen["parts"][i])}
-            pages.append(common.panels(list(pictures.values()), list(pictures)))
-        return pages
+        """Figures 4 and 5 for each image: box, attention, image x attention, object and map, erasing, parts."""
+        _, found = self.stages(images, locate=True)
+        return [page(self.recipe, *views) for views in zip(images, *found)]
 
 
-def resize(maps, H, W):
-    """Maps (B, h, w) -> (B, H, W), bilinear with corners on corners (authors' code)."""
-    return F.interpolate(maps[:, None], (H, W), mode="bilinear", align_corners=True)[:, 0]
+# --------------------------------------------------------------------------------------- pictures
 
 
-# ------------------------------------------------------------------------------------------------ build
+def page(recipe, image, attention, boxes, object_, object_map, part_boxes, parts):
+    """The panels of one image (3, H, W) and what was found in it -> PIL image."""
+    hole = attention > recipe.erase_threshold
+    rim = F.max_pool2d(hole[None].float(), 9, 1, 4)[0] > 0
+    erased = image.masked_fill(rim, 9.0).masked_fill(hole, 0.0)  # grey as in training, with a white rim
+    views = image, erased, *object_, *parts
+    photo, erased, thing, *parts = (common.to_pil(view, recipe.normalize) for view in views)
+    weight = Image.fromarray((attention * 255).byte().cpu().numpy()).convert("RGB")
+    panels = {
+        "object box": common.draw_boxes(photo, boxes, colours=("#ff2020",), width=4),
+        "attention": common.heat(photo, attention, strength=1.0),
+        "image x attention": ImageChops.multiply(photo, weight),
+        "object": thing,
+        "its attention": common.heat(thing, object_map, strength=1.0),
+        f"erased above {recipe.erase_threshold:g}": erased,
+    }
+    return common.panels([*panels.values(), *parts], [*panels, *["part"] * len(parts)])
 
-# timm's weights of early 2021 at 384 pixels (ImageNet-21k, fine-tuned on ImageNet-1k), which the authors started from
-VIT_BASE_384 = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/jx_vit_base_p16_384-83fb41ba.pth"
+
+# --------------------------------------------------------------------------------------- build
+
+VIT_BASE_384 = (  # timm's of early 2021 (ImageNet-21k, then ImageNet-1k at 384 pixels), which the authors took
+    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
+    "jx_vit_base_p16_384-83fb41ba.pth"
+)
 
 
 def build(recipe, num_classes):
-    """The model, its encoder with pretrained weights (see common.load_vit); those of a run of ours bring norm and head along where they fit.
-
-    Raises ValueError for settings that contradict each other.
-    """
-    uses = {"a": ["full"], "b": ["object"], "ab": ["full", "object"], "abc": ["full", "object", "parts"]}[recipe.stages]
-    if num_classes < 2:
-        raise ValueError(f"{num_classes} classes: a classifier needs 2 at least; check the dataset's folders")
-    if recipe.task != "classify":
-        raise ValueError(f"--task {recipe.task}: the multi-stage ViT is for classification; use --method dcal for re-identification")
-    if recipe.fusion not in (*uses, "mean"):
-        raise ValueError(f"--fusion {recipe.fusion} needs a stage that --stages {recipe.stages} leaves out; use {', '.join(uses)} or mean, or other stages")
-    if not len(recipe.phases) == len(recipe.head_lr) == len(recipe.encoder_lr) > 0 or min(recipe.phases) <= 0:
-        raise ValueError(f"--phases {recipe.phases} --head-lr {recipe.head_lr} --encoder-lr {recipe.encoder_lr}: give one value for each phase, lengths above 0")
-    for name, least, most in (("parts", 1, 99), ("stride", 1, recipe.encoder_size), ("fallback", 0.01, 1), ("part_iou", 0, 1), ("min_object_area", 0, 1), ("erase_prob", 0, 1),
-                              ("part_crop", 1 / recipe.encoder_size, 1)):
-        if not least <= getattr(recipe, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)} is out of range; use {least:g} to {most:g}")
+    """The model, its encoder with pretrained weights (see common.load_vit); those of a run of ours bring norm and
+    head along where they fit. Raises ValueError for a recipe of another method and fewer than two classes."""
+    common.check_build(recipe, Recipe, num_classes)
     model = MultiStageViT(recipe, num_classes)
     if recipe.weights == "none":
-        for layer in model.encoder.modules():
-            if isinstance(layer, nn.Linear):  # Glorot's range as in Google's ViT: from scratch, a narrow encoder with timm's 0.02 stays at chance several times longer
-                nn.init.xavier_uniform_(layer.weight)
-    else:
-        source = VIT_BASE_384 if recipe.weights == "default" and recipe.backbone == "vit_base" else recipe.weights
-        held = common.load_vit(model.encoder, source)
-        if "encoder.cls_token" in held:
-            common.load_state(model, {k: v for k, v in held.items() if not k.startswith("encoder.")}, heads=("encoder.", "head."), source=source)
+        for weight in model.encoder.parameters():
+            if weight.ndim == 2:  # as Google's ViT: with timm's 0.02 narrow encoders learn later
+                nn.init.xavier_uniform_(weight)
+        return model
+    if recipe.backbone == "vit_base":
+        model.encoder.official = VIT_BASE_384
+    held = common.load_vit(model.encoder, recipe.weights)
+    if "encoder.cls_token" in held:
+        rest = {name: tensor for name, tensor in held.items() if not name.startswith("encoder.")}
+        common.load_state(model, rest, heads=("encoder.", "head."), source=recipe.weights)
     return model
 
 
 def param_groups(model, recipe):
-    """Encoder, new norm and head, each with its peak learning rate in each phase; no weight decay on biases, norms, position and class token."""
+    """Encoder, and new norm and head, with (length, peak learning rate) of their phases: see common.lr_at.
+
+    Weight decay on matrices and convolutions: not on biases and norms (1 dimension), position and class token (3).
+    """
+    encoder, rest = [*model.encoder.parameters()], [*model.norm.parameters(), *model.head.parameters()]
     groups = []
-    for module, factors in ((model.encoder, recipe.encoder_lr), (model.norm, recipe.head_lr), (model.head, recipe.head_lr)):
+    for params, factors in ((encoder, recipe.encoder_lr), (rest, recipe.head_lr)):
         phases = [(length, factor * recipe.lr) for length, factor in zip(recipe.phases, factors)]
         for decay in (True, False):
-            params = [p for name, p in module.named_parameters() if (p.ndim > 1 and name not in ("cls_token", "pos_embed")) == decay]
-            if params:
-                groups.append({"params": params, "weight_decay": recipe.weight_decay if decay else 0.0, "phases": phases})
+            own = [p for p in params if (p.ndim in (2, 4)) == decay]
+            groups.append({"params": own, "weight_decay": recipe.weight_decay * decay, "phases": phases})
     return groups
