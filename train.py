@@ -1,43 +1,52 @@
-"""Train, evaluate and look at one method on one dataset:  python train.py [ACTION] --method tnet --data imagenet --root DIR
+"""Train, evaluate and look at one method on one dataset:  python train.py [ACTION] [RUN ...] [--flag VALUE ...]
 
-ACTION (default train):
-  train    trains, evaluates, writes the run folder runs/METHOD-DATA
-  eval     scores a run: accuracy, per class, confused pairs, and where it looked; text switches take several values (--locations 0,1,2)
-  predict  top-5 for photos or a folder of photos, and an annotated picture of each
-  figures  the paper's qualitative figure for some test images, and the learning curves of one or several runs
-  profile  parameters, MACs, time and memory of inference and of a training step; --against "FLAGS" compares in the same run
-  table    reruns a table of the paper row by row over seeds, the paper's number beside ours
-  compare  every method and its plain baseline on the same data, in one table
+  train                 (when none is named) trains and evaluates              -> runs/METHOD-DATA/
+  eval RUN              accuracy, by class, confused pairs, where it looked    -> RUN/eval.json
+  predict RUN PHOTOS    top five of photos or folders, a picture of each       -> RUN/predict/
+  figures RUN [RUN ..]  the paper's figure of test images, learning curves     -> RUN/figures/
+  profile [RUN]         parameters, MACs, time, memory, of several variants    -> the terminal
+  table                 a table of the paper, row by row, beside its numbers   -> runs/table-METHOD-TABLE-DATA/
 
-`python train.py --method dcal --data cub --help` lists every switch with the paper's value. On several GPUs or machines: torchrun.
+Examples:
+  python train.py --method tnet                                  # minutes on two cores: drawn birds, no download
+  python train.py eval runs/tnet-toy
+  python train.py predict runs/tnet-toy my_photo.jpg my_folder
+  python train.py --method dcal --data folder --root photos      # photos/train/CLASS/*.jpg, photos/test/CLASS/*.jpg
+  python train.py --method m2former --data cub --root DIR        # the paper's recipe with no further flag
+  python train.py table --method tdsa --table 2 --root DIR --seeds 0,1,2
+  torchrun --nproc-per-node 8 train.py --method tnet --data imagenet --root DIR
+
+`train.py ACTION --help` lists an action's flags, `train.py --method M --data D --help-all` all switches and values.
 """
 import argparse
 import contextlib
-import copy
+import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
+import gc
 import itertools
 import json
 import math
 import os
-import platform
-import random
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image, ImageDraw
 
 import common
 import data
@@ -46,166 +55,281 @@ import m2former
 import tdsa
 import tnet
 import vit_fgvc
+from common import opt
+
+with contextlib.suppress(ImportError):
+    import fcntl  # not on Windows: two starts into one folder are not told apart there
 
 METHODS = {"m2former": m2former, "dcal": dcal, "tnet": tnet, "vit_fgvc": vit_fgvc, "tdsa": tdsa}
-ACTIONS = ("train", "eval", "predict", "figures", "profile", "table", "compare")
+ACTIONS = {
+    "train": "Trains and evaluates; writes runs/METHOD-DATA[-RECIPE][-NAME]/ or --out.",
+    "eval": "Scores RUN; writes RUN/eval.json or into --out. Text switches take several values with commas.",
+    "predict": "Top five of PHOTOS, files or folders, and a picture of each; writes RUN/predict/ or --out.",
+    "figures": "The paper's figure of test images, of several runs side by side; writes RUN/figures/ or --out.",
+    "profile": "Parameters, MACs, time and memory, variants in turn; prints a table, which --out DIR keeps.",
+    "table": "Runs a table of the paper over seeds; writes runs/table-METHOD-TABLE-DATA/ or --out.",
+}
 
-# ------------------------------------------------------------------------------------------------ 1 parse
+# ------------------------------------------------------------------------------------------ 1 parse
+
+the_run = functools.partial(opt, group="the run")
+for_training = functools.partial(opt, group="for train and table")
+for_table = functools.partial(opt, group="for table")
+for_profile = functools.partial(opt, group="for profile")
+MOST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Flags(common.Options):
+    """How to run: nothing here changes what is learned, but for the seed."""
+
+    method: str = the_run("", f"one of {', '.join(METHODS)}")
+    data: str = the_run("toy", f"one of {', '.join(data.DATASETS)}")
+    root: str = the_run("", "folder of the dataset")
+    download: bool = the_run(False, "fetch the dataset into --root first (cub, aircraft, flowers, dogs)")
+    recipe: str = the_run("", "which of the method's recipes, if not the one named like the data")
+    run: str = the_run("", "run folder to act on: the same as RUN right after the action")
+    out: str = the_run("", "output folder, if not the usual one")
+    seed: int = the_run(0, "of initial weights, order and augmentation", most=MOST_SEED)
+    device: str = the_run("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
+    workers: int = the_run(-1, "processes that decode photos; -1: the cores, at most 8", least=-1, most=256)
+    matmul_precision: str = the_run("highest", "of fp32 products", ("highest", "high", "medium"))
+    compile: bool = the_run(False, "torch.compile the model")
+    deterministic: bool = the_run(False, "only deterministic kernels (CUDA; slower)")
+    resume: str = opt("", "run folder to go on with", group="for train")
+    name: str = opt("", "appended to the run folder's name", group="for train")
+    save_every: int = for_training(0, "also save every so many steps; 0: at the end of epochs", most=1e9)
+    eval_every: int = for_training(1, "evaluate every so many epochs, and after the last", least=1)
+    skip_bad_images: bool = for_training(False, "leave unreadable photos out instead of stopping")
+    table: str = for_table("", "which; else they are listed. baseline without --method: all methods")
+    seeds: tuple[int, ...] = for_table((0,), "seeds", most=MOST_SEED)
+    rows: tuple[str, ...] = for_table((), "only these rows")
+    row_weights: tuple[str, ...] = for_table((), "first weights of single rows: NAME=FILE,...")
+    any_commit: bool = for_table(False, "also use finished rows that another commit produced")
+    against: tuple[str, ...] = opt((), "one more variant: its recipe flags, quoted", group="for eval and profile")
+    images: int = opt(6, "how many test images", least=1, group="for figures")
+    pictures: bool = opt(True, "a picture of each photo", group="for predict")
+    profile_batch: int = for_profile(2, "images in a batch", least=1)
+    rounds: int = for_profile(5, "timed rounds, variants in turn", least=1)
+    threads: int = for_profile(0, "CPU threads; 0: torch's choice", most=1024)
+    classes: int = for_profile(0, "number of classes; 0: the run's, else 100")
+    inference_only: bool = for_profile(False, "leave the training step out")
+
+
+@dataclass(frozen=True)
+class Call(Flags):
+    """The flags of a command line and its other words."""
+
+    action: str = opt("train", "what to do", tuple(ACTIONS))
+    words: tuple[str, ...] = opt((), "photos of predict, further runs of figures")
+    command: str = opt("", "the line itself")
+
+
+OF_DATA = ("root", "seed", "skip_bad_images")  # flags of a run that hold for whatever is done with it
+KEPT = (*OF_DATA, "workers", "matmul_precision", "compile", "deterministic", "save_every", "eval_every")  # resumed
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ValueErrors of one line, so that every mistake of the user ends the same way."""
+    """The flags of an Options object; an error is a ValueError of one line."""
+
+    def __init__(self, options, action=""):
+        usage = f"python train.py {action} [RUN] [--flag VALUE ...]"
+        super().__init__(add_help=False, allow_abbrev=False, usage=usage, description=ACTIONS.get(action))
+        common.add_options(self, options, lambda f: action in f.metadata["group"] or "for " not in f.metadata["group"])
 
     def error(self, message):
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split(": ", 1)[1].split()[0]
-            known = [f for action in self._actions for f in action.option_strings]
-            near = difflib.get_close_matches(flag.split("=")[0], known, 1)
-            message = f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         raise ValueError(message)
+
+    def flags(self):
+        """Every flag."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def read(self, words):
+        """Words -> the values of its flags among them, and the others."""
+        values, others = self.parse_known_args(words)
+        return vars(values), others
 
 
 def parse(argv):
-    """Command line -> options with .action, .method (name), .data, .recipe (a Recipe), .run (folders) and the run's flags."""
-    argv = list(argv)
-    for i in range(len(argv) - 1, 0, -1):
-        if argv[i - 1] == "--against":  # its value looks like a flag, which argparse refuses unless it is joined
-            argv[i - 1 : i + 1] = [f"--against={argv[i]}"]
-    action = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    """Command line -> a Call and its recipes [(label, Recipe)]: several of eval and profile, else one."""
+    command, argv = "python train.py " + shlex.join(argv), list(argv)
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        raise SystemExit(0)
+    action = argv.pop(0) if argv and argv[0][:1] != "-" else "train"
     if action not in ACTIONS:
-        raise ValueError(f"unknown action {action!r}; allowed: {', '.join(ACTIONS)}")
-    head = Parser(add_help=False, allow_abbrev=False)
-    what = head.add_argument_group("what")
-    what.add_argument("--method", metavar="M", help=f"one of {', '.join(METHODS)}")
-    what.add_argument("--data", metavar="D", help=f"one of {', '.join(data.DATASETS)} [toy]")
-    what.add_argument("--root", metavar="DIR", help="folder of the dataset")
-    what.add_argument("--recipe", metavar="NAME", help="which of the method's recipes [the one named like the data]")
-    what.add_argument("--run", metavar="DIR", nargs="+" if action == "figures" else 1, help="run folder to act on; method, data and recipe come from there (figures: one or several)")
-    what.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped")
-    if action == "table":
-        what.add_argument("--table", metavar="N", help="which table of the paper; with --root on its own dataset, else on the toy; without it they are listed")
-    first, rest = head.parse_known_args(argv)
-    if action in ("eval", "predict", "figures") and not first.run and first.method in METHODS:
-        first.run = [f"runs/{first.method}-{first.recipe or first.data or 'toy'}"]
-        argv += ["--run", *first.run]
-    run = read_run(first.resume or first.run[0]) if first.resume or first.run else None
-    if first.resume and action != "train":
-        raise ValueError(f"--resume goes on with training; for {action} name the folder with --run")
-    if first.run and action in ("train", "table", "compare"):
-        raise ValueError(f"--run names a run to look at (eval, predict, figures, profile); to {action} use --resume DIR, or --weights DIR to start from its weights")
+        raise ValueError(f"unknown action {action!r}; {near(action, ACTIONS)}")
+    helps, against = {"-h", "--help", "--help-all"} & {*argv}, []
+    argv = [word for word in argv if word not in helps]
+    while "--against" in argv[:-1]:  # its value looks like a flag
+        at = argv.index("--against")
+        against.append(argv.pop(at + 1))
+        del argv[at]
+    cli = Parser(Flags(), action)
+    given, words = cli.read(argv)
+    for f in dataclasses.fields(Flags):
+        if f.name in given and "for " in f.metadata["group"] and action not in f.metadata["group"]:
+            raise ValueError(f"{common.flag(f)} is {f.metadata['group']}, not for {action}")
+    about, run = run_of(action, given, words) if not helps else ({}, "")
+    method = about.get("method", given.get("method", ""))
+    if method not in METHODS and (method or not helps and (action, given.get("table")) != ("table", "baseline")):
+        problem = f"unknown method {method!r}; {near(method, METHODS)}" if method else "name a method"
+        hint = f"; {near(words[0], cli.flags())}" if words else ""
+        raise ValueError(f"{problem}: python train.py --method tnet is a first run of minutes{hint}; see --help")
+    recipe, chosen, name = recipe_of(method, about, given, run)
+    if helps:
+        if "--help-all" in helps:
+            common.add_options(cli, recipe)
+        cli.print_help()
+        raise SystemExit(0)
+    switches = Parser(recipe)
+    changed, words = switches.read(words)
+    for word in words:
+        if word.startswith("-"):
+            raise ValueError(f"unknown argument {word}; {near(word, cli.flags() + switches.flags(), 'see --help-all')}")
+    if bool(words) > (action in ("predict", "figures")) or action == "predict" and not words:
+        raise ValueError(f"{action} takes no {words[0]!r}" if words else "name photos: predict RUN PHOTO_OR_FOLDER ...")
+    if given.get("resume") and (changed or "recipe" in given):
+        raise ValueError("--resume goes on with the run's own recipe; to change it start anew, with --weights DIR")
+    flags = values_of(Flags(), about.get("flags", {}), run)
+    flags = {key: flags[key] for key in (KEPT if given.get("resume") else OF_DATA) if key in flags} | given
+    flags |= dict(method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words), command=command)
+    for path in (Path(given.get("out", "")), *Path(given.get("out", "")).parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {given['out']}: {path} is a file; name a folder")
+    return Call(**flags), variants(recipe, changed, against, switches, action)
 
-    if first.resume and first.recipe:
-        raise ValueError("--resume goes on with the run's own recipe; leave --recipe away, or start anew from its weights with --weights DIR")
-    method = run["method"] if run else first.method
-    asks_help = {"-h", "--help"} & set(rest)
-    if method is None and action != "compare" and not asks_help:
-        raise ValueError(f"name a method: --method {'|'.join(METHODS)}" + ("" if action == "train" else ", or a run folder: --run DIR"))
-    if method is not None and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
-    if action == "compare" and (first.method or first.recipe):
-        raise ValueError("compare runs every method with its own recipe; leave --method and --recipe away, or use table --method M")
-    own = METHODS[method].TABLES.get(first.table) if action == "table" and first.root else None  # a table's own dataset
-    name = run["data"] if run else first.data or (own.data if own else "toy")
-    if run and (first.method not in (None, method) or first.data not in (None, name)):
-        raise ValueError(f"the run is {method} on {name}: leave --method and --data away, or act on another run")
+
+def run_of(action, given, words):
+    """The run folder to act on -> (its run.json, its name); taken out of `words` when it stands there."""
+    if action in ("train", "table") and "run" in given:
+        raise ValueError("--run names a run to look at; --resume DIR goes on with it, --weights DIR starts from it")
+    run = given.get("resume") or given.get("run") or ""
+    if not run and action not in ("train", "table") and words and words[0][:1] != "-":
+        run = words.pop(0)
+    if not run and action in ("eval", "predict", "figures"):
+        raise ValueError(f"name the run right after the action: python train.py {action} RUN{runs_here()}")
+    return (read_run(run) if run else {}), run
+
+
+def recipe_of(method, about, given, run):
+    """The recipe before any switch -> (Recipe, its name, the dataset's name)."""
+    module = METHODS.get(method, common)
+    tables = getattr(module, "TABLES", {})
+    own = tables[given["table"]].data if given.get("root") and given.get("table") in tables else "toy"
+    name = about.get("data", given.get("data", own))
     if name not in data.DATASETS:
-        raise ValueError(f"unknown data {name!r}; allowed: {', '.join(data.DATASETS)}")
-
-    cli = Parser(prog="train.py", description=__doc__, parents=[head], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    how = cli.add_argument_group("the run")
-    how.add_argument("--download", action="store_true", help="fetch the dataset into --root first (cub, aircraft, flowers, dogs)")
-    how.add_argument("--seed", type=int, default=0, metavar="INT", help="of initial weights, order and augmentation [0]")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto: cuda when there is one]")
-    how.add_argument("--workers", type=int, default=None, metavar="INT", help="processes that decode photos [0 for toy, else the cores, at most 8]")
-    how.add_argument("--out", metavar="DIR", help="output folder [runs/METHOD-DATA, or inside the run]")
-    how.add_argument("--name", default="", help="appended to the run folder's name")
-    how.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="of fp32 products: torch.set_float32_matmul_precision [highest]")
-    how.add_argument("--compile", action="store_true", help="torch.compile the model")
-    how.add_argument("--deterministic", action="store_true", help="only deterministic kernels (CUDA; slower)")
-    if action in ("train", "table", "compare"):
-        how.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also save a checkpoint every so many steps [0: at the end of epochs]")
-        how.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate every so many epochs, and after the last [1]")
-        how.add_argument("--skip-bad-images", action="store_true", help="leave out unreadable photos and list them in run.json, instead of stopping")
-    if action in ("table", "compare"):
-        how.add_argument("--seeds", default="0", help="comma-separated seeds [0]")
-        how.add_argument("--any-commit", action="store_true", help="also use finished rows that another commit produced")
-    if action == "predict":
-        how.add_argument("photos", nargs="+", help="photos or folders of photos")
-    if action == "figures":
-        how.add_argument("--images", type=int, default=6, metavar="INT", help="how many test images [6]")
-        how.add_argument("--format", choices=("png", "jpg"), default="png", help="of the pictures of test images; jpg is a quarter of the size [png]")
-    if action in ("eval", "profile"):
-        how.add_argument("--against", action="append", default=[], metavar='"FLAGS"', help="recipe flags of one more variant, compared in the same run; may be repeated")
-    if action == "profile":
-        how.add_argument("--profile-batch", type=int, default=2, metavar="INT", help="images in a batch [2]")
-        how.add_argument("--rounds", type=int, default=5, metavar="INT", help="timed rounds, variants in turn [5]")
-        how.add_argument("--threads", type=int, default=0, metavar="INT", help="CPU threads [0: torch's choice]")
-        how.add_argument("--classes", type=int, default=0, metavar="INT", help="number of classes [0: the dataset's published one, else 100]")
-        how.add_argument("--inference-only", action="store_true", help="leave the training step out")
-
-    recipe = None
-    if method:
-        module = METHODS[method]
-        chosen = first.recipe or (run["recipe_name"] if run else name)
-        if chosen not in module.RECIPES:
-            hint = "" if first.recipe else "; --recipe NAME trains on this data with another's settings"
-            raise ValueError(f"{method} has no recipe {chosen!r}; it has: {', '.join(module.RECIPES)}{hint}")
-        recipe = recipe_from(module, run["recipe"]) if run and not first.recipe else module.RECIPES[chosen]
-        if not first.resume:
-            common.add_options(cli, recipe, sweep=action == "eval")
-    if first.resume:
-        cli.set_defaults(seed=run["seed"], **run["flags"])
-    opts = cli.parse_args(argv)
-    fields = {f.name for f in dataclasses.fields(recipe)} if recipe else set()
-    given = {k: v for k, v in vars(opts).items() if k in fields}
-    opts.action, opts.method, opts.data, opts.given, opts.run_info = action, method, name, given, run
-    opts.variants = [(label, recipe) for label, recipe in variants(recipe, given)] if recipe else []
-    if len(opts.variants) > 1 and action not in ("eval", "profile"):
-        raise ValueError(f"several values with commas ({opts.variants[0][0]}, ...) are for eval and profile; {action} takes one")
-    for flags in getattr(opts, "against", []):
-        extra = Parser(add_help=False, allow_abbrev=False)
-        common.add_options(extra, recipe)
-        opts.variants.append((flags.strip(), dataclasses.replace(opts.variants[0][1], **vars(extra.parse_args(shlex.split(flags))))))
-    for flag, least in (("seed", 0), ("workers", 0), ("save_every", 0), ("eval_every", 1), ("images", 1), ("profile_batch", 1), ("rounds", 1), ("threads", 0), ("classes", 0)):
-        if getattr(opts, flag, None) is not None and getattr(opts, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(opts, flag)} is out of range; allowed: at least {least}")
-    opts.recipe_name, opts.recipe = (chosen, opts.variants[0][1]) if recipe else ("", None)
-    opts.root = opts.root or (run or {}).get("root")
-    opts.command = "python train.py " + shlex.join([a for a in ([action] if action != "train" else []) + argv])
-    return opts
+        raise ValueError(f"unknown data {name!r}; {near(name, data.DATASETS)}")
+    if about and (given.get("method", method), given.get("data", name)) != (method, name):
+        raise ValueError(f"the run is {method} on {name}: leave --method and --data away, or act on another run")
+    chosen = given.get("recipe") or about.get("recipe_name", name)
+    if about and "recipe" not in given:
+        return module.Recipe(**values_of(module.Recipe(), about["recipe"], run)), chosen, name
+    recipes = getattr(module, "RECIPES", {chosen: common.Recipe()})
+    if chosen not in recipes:
+        raise ValueError(f"{method} has no recipe {chosen!r}; --recipe takes another's: {', '.join(recipes)}")
+    return recipes[chosen], chosen, name
 
 
-def variants(recipe, given):
-    """The recipes asked for: text switches with commas (`--locations 0,1,2`) give one each, all combinations -> [(label, recipe)]."""
-    many = {k: v.split(",") for k, v in given.items() if isinstance(v, str) and "," in v and k != "weights"}
-    fixed = {k: v for k, v in given.items() if k not in many}
+def variants(recipe, changed, against, switches, action):
+    """The recipes asked for: text switches with commas give one each, all combinations; and one for each --against."""
+    many = {k: v.split(",") for k, v in changed.items() if isinstance(v, str) and "," in v and k != "weights"}
+    if many and action not in ("eval", "profile"):
+        raise ValueError(f"{', '.join(many)}: several values are for eval and profile; {action} takes one")
+    found = []
     for values in itertools.product(*many.values()):
-        label = " ".join(f"{k}={v}" for k, v in zip(many, values))
-        yield label, dataclasses.replace(recipe, **fixed, **dict(zip(many, values)))
+        one = dict(zip(many, values))
+        found.append((" ".join(f"{k}={v}" for k, v in one.items()), replace(recipe, **changed | one)))
+    for text in against:
+        other, words = switches.read(shlex.split(text))
+        if words:
+            raise ValueError(f"--against {text!r}: unknown argument {words[0]}")
+        found.append((text, replace(found[0][1], **other)))
+    return found
 
 
-def recipe_from(module, values):
-    """A method's Recipe from the plain dict of run.json (JSON has no tuples)."""
-    known = {f.name for f in dataclasses.fields(module.Recipe)}
-    if set(values) - known:
-        raise ValueError(f"run.json has recipe fields this code does not know: {sorted(set(values) - known)}; use the commit that wrote the run")
-    return module.Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def near(word, known, otherwise=""):
+    """Advice for a word that is none of the known ones."""
+    found = difflib.get_close_matches(word.split("=")[0], known, 1)
+    return f"did you mean {found[0]}?" if found else otherwise or f"allowed: {', '.join(known)}"
+
+
+def runs_here():
+    """The run folders in runs/, for an error."""
+    found = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/run.json"))[:8])
+    return f"; here are: {found}" if found else "; there is none yet: python train.py --method tnet makes one"
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read_json(path, **kinds):
+    """A JSON object that has these keys, of these types."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all(isinstance(value[key], kind) for key, kind in kinds.items()):
+            raise ValueError("a value of another type")
+        return value
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, not the JSON that train.py writes ({error})") from None
 
 
 def read_run(folder):
-    """run.json of a run folder. Raises FileNotFoundError or ValueError."""
+    """run.json of a run folder."""
     path = Path(folder) / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run folder (it has no run.json); train one first, or see ls runs")
+        method, _, name = path.parent.name.partition("-")
+        hint = f"; python train.py --method {method} --data {name or 'toy'} makes it" if method in METHODS else runs_here()
+        raise FileNotFoundError(f"{folder} is no run folder (it has no run.json){hint}")
+    return read_json(path, method=str, data=str, recipe=dict, recipe_name=str, classes=list, flags=dict)
+
+
+def read_log(folder):
+    """The readable lines of a run's log.jsonl."""
+    path, entries = Path(folder) / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            entry = json.loads(line)
+            entries += [entry] * (entry["step"] > 0 and entry["epoch"] > 0 and entry["seconds"] >= 0)
+    return entries
+
+
+def values_of(options, values, source):
+    """Fields of an Options object from a file, where tuples are lists and nothing is sure: read as flags are."""
+    words = []
+    for name, value in values.items():
+        name = str(name).replace("_", "-")
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={text}")
     try:
-        run = json.loads(path.read_text())
-        [run[key] for key in ("method", "data", "recipe", "recipe_name", "classes", "seed", "flags")]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: it is not the JSON that training writes") from None
-    return run
+        found, unknown = Parser(options).read(words)
+        if unknown:
+            raise ValueError(f"{unknown[0]} is unknown; use the commit that wrote it")
+        replace(options, **found)  # checks the ranges
+        return found
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------ 2 seed and device
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    part = Path(path).with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path, value):
+    """Write a value whole or not at all, numpy's numbers as numbers."""
+    write_text(path, json.dumps(value, indent=1, default=float) + "\n")
+
+
+def make_folder(path):
+    """A folder that exists from now on."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+# ------------------------------------------------------------------------------------------ 2 seed and device
 
 
 @dataclass
@@ -217,516 +341,253 @@ class World:
     size: int = 1
     control: object = None  # gloo group for small messages, so that they never wait for the GPU
 
-    def sum(self, array):
-        """Sum a numpy array over the processes."""
-        if self.size == 1:
-            return array
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        dist.all_reduce(tensor, group=self.control)
-        return tensor.numpy()
-
-    def any(self, flag):
-        """Largest int flag of any process."""
-        if self.size == 1:
-            return int(flag)
-        flag = torch.tensor(int(flag))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
-        return flag.item()
-
-    def gather(self, value):
-        """List of every process's value."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+    def sum(self, values):
+        """Sum an array over the processes."""
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(values), group=self.control)  # in place
         return values
 
 
-def start(opts):
-    """Device, process group, precision and seeds -> World."""
-    local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if opts.device == "cuda" and not torch.cuda.is_available():
+def start(flags):
+    """Device, precision and process group -> World."""
+    local, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    use_cuda = opts.device != "cpu" and torch.cuda.is_available()
+    use_cuda = flags.device != "cpu" and torch.cuda.is_available()
     if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes, or use --device cpu")
+        raise ValueError(f"process {local} of this machine has no GPU; start {torch.cuda.device_count()} processes")
     device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision(opts.matmul_precision)
-    if opts.deterministic:
+    torch.set_float32_matmul_precision(flags.matmul_precision)
+    if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    world = World(device)
-    if size > 1:
+    if size == 1:
+        return World(device)
+    try:
         dist.init_process_group("nccl" if use_cuda else "gloo")
-        world = World(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
-    seed_all(opts.seed + world.rank)
-    return world
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(f"no meeting at {place}, give another --master-port ({first_line(error)})") from None
+    return World(device, dist.get_rank(), size, dist.new_group(backend="gloo"))
 
 
-def seed_all(seed):
-    """Seed torch, numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+def seed_step(seed, step, rank):
+    """All randomness of a step is a function of (seed, step, process): a resumed run needs no random state."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
-def rng_state(device):
-    """Random states as tensors and plain values (weights_only can read them)."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+def autocast(recipe, device):
+    """Context of the recipe's mixed precision."""
+    bf16 = recipe.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if bf16 else recipe.amp)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def set_rng_state(state, device):
-    """The inverse of rng_state."""
-    torch.set_rng_state(state["torch"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+# ------------------------------------------------------------------------------------------ 3 data, 4 model, 5 optimizer
 
 
-def precision(recipe, device):
-    """Context manager of the recipe's mixed precision, and the gradient scaler that fp16 needs."""
-    amp = recipe.amp
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    context = functools.partial(torch.autocast, device.type, dtype) if dtype else contextlib.nullcontext
-    return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+def load_data(flags, recipe):
+    """The dataset, downloaded first when asked (by the first process of each machine)."""
+    if flags.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        data.download(flags.data, flags.root)
+    if dist.is_initialized():
+        dist.barrier()
+    return data.load(flags.data, flags.root or None, recipe, flags.skip_bad_images)
 
 
-# ------------------------------------------------------------------------------------------------ 3 data
-
-
-class Readable(torch.utils.data.Dataset):
-    """Photos whose unreadable members come back as an error message, for `collate` to sort out (a worker's traceback is no answer)."""
-
-    def __init__(self, photos):
-        self.photos = photos
-
-    def __len__(self):
-        return len(self.photos)
-
-    def __getitem__(self, key):
-        try:
-            return self.photos[key]
-        except (ValueError, OSError) as error:
-            return str(error)
-
-
-def collate(items):
-    """Items of data.Photos -> (images uint8 (B, 3, H, W), labels (B,), indices (B,), sizes (B, 2)) and the messages of unreadable ones."""
-    good = [item for item in items if not isinstance(item, str)]
-    bad = [item for item in items if isinstance(item, str)]
-    if not good:
-        return None, bad
-    images, labels, indices, sizes = zip(*good)
-    return (torch.stack(images), torch.tensor(labels), torch.tensor(indices), torch.stack(sizes)), bad
-
-
-def make_loader(photos, workers, device, **sampling):
-    """DataLoader that leaves the global random state alone and whose workers leave stop signals to the main process."""
-    return torch.utils.data.DataLoader(
-        Readable(photos), num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=_ignore_signals, **sampling)
-
-
-def _ignore_signals(worker):
+def ignore_signals(worker):
+    """A worker leaves Ctrl-C and SIGTERM to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def epoch_batches(split, recipe, epoch, seed, world, start=0):
-    """This process's share of the batches of one epoch from batch `start` on: lists of (epoch, index), the same for any number of workers."""
-    if recipe.batch_size % world.size:
-        raise ValueError(f"--batch-size {recipe.batch_size} does not split over {world.size} processes; choose a multiple of {world.size}")
-    if not recipe.instances:
-        return data.EpochBatches(len(split), recipe.batch_size, epoch, seed, world.rank, world.size, start)
-    P, K = recipe.batch_size // recipe.instances, recipe.instances
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    share = recipe.batch_size // world.size
-    mine = slice(world.rank * share, (world.rank + 1) * share)
-    return [[(epoch, i) for i in batch[mine]] for batch in data.PKSampler(split.labels, P, K, generator)][start:]
+def make_loader(photos, flags, world, **sampling):
+    """DataLoader that leaves the global random state alone and gives up after a minute without a batch."""
+    workers = flags.workers
+    if workers < 0:  # images in memory need none
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, cores) if photos.split.images is None else 0
+    return torch.utils.data.DataLoader(
+        photos, num_workers=workers, timeout=55 if workers else 0, pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(), worker_init_fn=ignore_signals, **sampling,
+    )
 
 
-def load_data(opts):
-    """The dataset of the options, downloaded first when asked (by the first process of each machine)."""
-    if opts.download:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            data.download(opts.data, opts.root)
-        if dist.is_initialized():
-            dist.barrier()
-    return data.load(opts.data, opts.root, opts.recipe)
+def to_model(images, recipe, device):
+    """uint8 images (B, 3, H, W) -> what a model reads, on its device."""
+    images = common.normalize(images.to(device, non_blocking=True), recipe.normalize)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
-def workers_of(opts):
-    """Number of decoding processes: given, or none for the toy (it lives in memory), else the cores, at most 8."""
-    if opts.workers is not None:
-        return opts.workers
-    return 0 if opts.data == "toy" else min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-# ------------------------------------------------------------------------------------------------ 4 model, 5 optimizer
-
-
-def build(opts, recipe, num_classes, device):
+def build(recipe, num_classes, flags, world):
     """The method's model on its device, convolutions in channels_last."""
-    model = METHODS[opts.method].build(recipe, num_classes).to(device, memory_format=torch.channels_last)
-    if opts.compile:
+    model = METHODS[flags.method].build(recipe, num_classes).to(world.device, memory_format=torch.channels_last)
+    if flags.compile:
         model.compile()
     return model
 
 
 def make_optimizer(recipe, groups):
     """The recipe's optimizer over a method's parameter groups; fused where torch has it."""
-    common_args = {"params": groups, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "sgd":
-        # under fp16 not fused: when the first step is skipped, as the loss scaler often does, the fused kernel starts from uninitialised momentum
-        return torch.optim.SGD(**common_args, momentum=recipe.momentum, fused=recipe.amp != "fp16")
-    adam_args = common_args | {"betas": (recipe.momentum, 0.999), "eps": recipe.eps}
+    how = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "sgd":  # under fp16, when the first step is skipped, the fused kernel starts from garbage
+        return torch.optim.SGD(groups, momentum=recipe.momentum, fused=recipe.amp != "fp16", **how)
+    how |= dict(betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
     if recipe.optimizer == "radam":
-        return torch.optim.RAdam(**adam_args, decoupled_weight_decay=True)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](**adam_args, fused=True)
+        return torch.optim.RAdam(groups, decoupled_weight_decay=True, **how)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, fused=True, **how)
 
 
-def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model; counters are copied."""
-    for e, p in zip(ema.state_dict().values(), model.state_dict().values()):
-        e.lerp_(p, 1 - decay) if e.is_floating_point() else e.copy_(p)
+def parts_of(recipe, model, flags, world):
+    """What a checkpoint has to hold."""
+    optimizer = make_optimizer(recipe, METHODS[flags.method].param_groups(model, recipe))
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "fp16")
+    return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------ 6 the run folder
 
 
-class Stopped(Exception):
-    """A stop was asked for during the evaluation of an epoch."""
+class Run:
+    """A run folder: run.json says what it is, log.jsonl has a line an epoch, last.pt is where to go on.
+
+    Order of writing: last.pt, then the epoch's line. So the log is never ahead of the checkpoint, and a run that
+    is killed at any moment goes on from last.pt, at worst with the evaluation of an epoch again.
+    """
+
+    def __init__(self, flags, world):
+        usual = [f"runs/{flags.method}", flags.data, flags.recipe * (flags.recipe != flags.data), flags.name]
+        self.folder = Path(flags.resume or flags.out or "-".join(filter(None, usual)))
+        self.last, self.result = self.folder / "last.pt", self.folder / "result.json"
+        self.flags, self.world, self.lead = flags, world, world.rank == 0
+        self.sums, self.clock = {}, time.perf_counter()
+        self.refuse_others()
+
+    def refuse_others(self):
+        """Never write into another run; a folder that has no checkpoint is begun anew."""
+        if self.result.exists() or self.last.exists() and not self.flags.resume:
+            about = read_run(self.folder)
+            same = all(about[k] == v for k, v in run_names(self.flags).items()) and not self.result.exists()
+            hint = f"--resume {self.folder}" if same else f"see it with eval {self.folder}"
+            state = "a finished" if self.result.exists() else "an unfinished"
+            raise ValueError(f"{self.folder} holds {state} run of {about['method']}; {hint}, or --out DIR, --name NAME")
+
+    def open(self, about, parts):
+        """Take the folder; fill model, optimizer and scaler from last.pt if there is one -> the first step."""
+        self.about, self.parts = about, parts
+        if self.lead:
+            self.lock = open(make_folder(self.folder) / ".lock", "w")  # held until this process ends, however it ends
+            try:
+                "fcntl" in globals() and fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{self.folder}: another process trains in it; wait, or choose --out DIR") from None
+            self.refuse_others()
+        log = read_log(self.folder) if self.last.exists() else []
+        if self.lead:  # without lines that were cut short, or of a run that was killed before its first checkpoint
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+        if not self.last.exists():
+            if self.lead:
+                write_json(self.folder / "run.json", about)
+            return 0
+        state = read_checkpoint(self.last, about)
+        for name, part in parts.items():
+            restore(part, state[name], self.last)
+        if state["step"] not in [entry["step"] for entry in log]:
+            self.sums = {name: value * self.lead for name, value in state["sums"].items()}
+        return state["step"]
+
+    def count(self, terms):
+        """Add a step's terms to the epoch's, on their device: nothing waits."""
+        now = time.perf_counter()
+        for name, value in {"steps": 1, "seconds": now - self.clock, **terms}.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).double()
+        self.clock = now
+
+    def save(self, step):
+        """Write last.pt; the sums of all processes are from now on the first one's."""
+        sums = self.world.sum(np.array([float(value) for value in self.sums.values()]))
+        self.sums = dict(zip(self.sums, (sums * self.lead).tolist()))
+        if self.lead:
+            state = {name: self.about[name] for name in ("method", "data", "classes", "recipe")}
+            state |= {"step": step, "sums": self.sums} | {name: part.state_dict() for name, part in self.parts.items()}
+            common.save_checkpoint(self.last, state)
+
+    def close_epoch(self, entry, scores, left):
+        """Write and say the epoch's line: the mean terms of its steps, and the scores."""
+        steps, seconds, terms = self.sums.pop("steps"), self.sums.pop("seconds") / self.world.size, {}
+        if self.lead:
+            terms = {name: round(value / steps, 6) for name, value in self.sums.items()}
+            rate = round(steps / self.world.size * self.about["recipe"]["batch_size"] / max(seconds, 1e-9), 1)
+            entry |= terms | scores | {"seconds": round(seconds, 2), "images_per_second": rate}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry, default=float) + "\n")
+            text = [f"epoch {entry['epoch']}", *(f"{name} {value:.4g}" for name, value in terms.items())]
+            text += [f"{split} {percentages(some)}" for split, some in scores.items()]
+            say("  ".join(text) + f"  {rate:.0f} images/s  {left} left")
+        self.sums, self.clock = {}, time.perf_counter()
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (a second Ctrl-C stops at once)\n".encode())  # print is not safe in a handler
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def run_names(flags):
+    """What a run is a run of."""
+    return {"method": flags.method, "data": flags.data, "recipe_name": flags.recipe}
 
 
-def train(opts, world):
-    """Train one recipe from options to result.json -> the result, or exit status 130 / 143 when stopped."""
-    recipe, method, lead = opts.recipe, METHODS[opts.method], world.rank == 0
-    seed_all(opts.seed + world.rank)
-    folder = Path(opts.resume or opts.out or f"runs/{opts.method}-{opts.recipe_name}{'-' + opts.name if opts.name else ''}")
-    if not opts.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds another run; go on with --resume {folder}, choose --out DIR or --name NAME, or delete it")
-
-    splits = load_data(opts)
-    test_split, test_name = (splits.val, "val") if splits.val else (splits.test, "test")
-    saved = load_last(folder, opts, world, splits.classes) if opts.resume else None
-    photos = data.Photos(splits.train, recipe, True, opts.seed)
-    test_photos = data.Photos(test_split, recipe, False)
-    per_epoch = len(epoch_batches(splits.train, recipe, 0, opts.seed, world))
-    steps = recipe.iterations or recipe.epochs * per_epoch
-
-    model = build(opts, recipe, len(splits.classes), world.device)
-    optimizer = make_optimizer(recipe, method.param_groups(model, recipe))
-    context, scaler = precision(recipe, world.device)
-    wrapped = model
-    if world.size > 1:
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None, find_unused_parameters=True)
-    ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None  # after the processes were given the same weights
-
-    # -- 6 resume
-    step, sums, count, seconds, best, scores, bad_images = 0, {}, 0, 0.0, {}, {}, []
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        if ema:
-            ema.load_state_dict(saved["ema"])
-        step, seconds, best, scores = (saved[k] for k in ("step", "seconds", "best", "scores"))
-        sums, count, bad_images = restore_share(saved["processes"], opts.seed + 7919 * step, world)
-        if lead:
-            keep_log(folder / "log.jsonl", step - bool(sums))  # sums: the epoch's line is still to be written
-    elif lead:
-        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", describe(opts, splits, model, steps, world))
-    if lead:
-        print(f"{opts.method} on {opts.data}: {splits.note}")
-        print(f"{count_parameters(model) / 1e6:.2f} M parameters, {steps} steps of {recipe.batch_size} images on {device_name(world)}, seed {opts.seed} -> {folder}" + (f" (from step {step})" if saved else ""))
-
-    def save(rng):
-        if not all(torch.isfinite(p).all() for p in model.parameters()):
-            raise FloatingPointError(f"the weights are not finite after step {step}; the last checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off")
-        shares = world.gather({"rng": rng, "count": count, "bad_images": bad_images, "sums": {k: v.cpu() for k, v in sums.items()}})
-        if lead:
-            common.save_checkpoint(folder / "last.pt", {
-                "method": opts.method, "data": opts.data, "classes": splits.classes, "step": step, "model": model.state_dict(), "ema": ema.state_dict() if ema else {},
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": seconds, "best": best, "scores": scores, "processes": shares})
-
-    # -- 7 loop
-    stop, batches, saved_step = StopRequest(), None, step if saved is not None else -1
-    line, epoch_started = Line(lead), time.perf_counter() - seconds
-    try:
-        while True:
-            if sums and (step % per_epoch == 0 or step == steps):  # the end of an epoch; also right after a resume in the middle of its evaluation
-                rng = rng_state(world.device)
-                seconds = time.perf_counter() - epoch_started
-                entry = epoch_entry(step, per_epoch, sums, count, seconds, common.lr_at(recipe, step - 1, steps, per_epoch), world)
-                if step == steps or entry["epoch"] % opts.eval_every == 0:
-                    for buffer in (ema or model).buffers() if world.size > 1 else ():
-                        dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own: score the model that is saved
-                    try:
-                        entry[test_name] = scores = evaluate(opts, recipe, ema or model, test_photos, world, stop)
-                    except Stopped:
-                        save(rng)
-                        return stopped(stop, folder, step, lead)
-                    metric = next(iter(scores))
-                    if scores[metric] > best.get("score", -1.0):
-                        best = {"metric": metric, "score": scores[metric], "epoch": entry["epoch"]}
-                if lead:
-                    line.done(epoch_line(entry, math.ceil(steps / per_epoch), sums, test_name))
-                    with open(folder / "log.jsonl", "a") as log:
-                        log.write(json.dumps(entry) + "\n")
-                sums, count, batches = {}, 0, None
-                epoch_started = time.perf_counter()
-                seconds = 0.0
-                save(rng_state(world.device))
-                saved_step = step
-            if step >= steps:
-                break
-            reason = world.any(stop.signal)
-            if reason:
-                stop.signal = reason
-                if saved_step != step:
-                    seconds = time.perf_counter() - epoch_started
-                    save(rng_state(world.device))
-                return stopped(stop, folder, step, lead)
-
-            if batches is None:
-                epoch = step // per_epoch
-                batches = iter(make_loader(photos, workers_of(opts), world.device, batch_sampler=epoch_batches(splits.train, recipe, epoch, opts.seed, world, step % per_epoch)))
-            batch, bad = next(batches)
-            if bad and not opts.skip_bad_images:
-                raise ValueError(f"{bad[0]}; remove the file, or leave such photos out with --skip-bad-images")
-            for message in bad:
-                if message not in bad_images:
-                    bad_images.append(message)
-            if batch is None:
-                raise ValueError(f"a whole batch is unreadable, first: {bad[0]}")
-
-            for group in optimizer.param_groups:
-                group["lr"] = common.lr_at(recipe, step, steps, per_epoch, group)
-            loss, terms, size = update(recipe, model, wrapped, optimizer, scaler, context, batch, world, describe_step=lambda: f"step {step}, lr {optimizer.param_groups[0]['lr']:.3g}, photos {[splits.train.paths[i] for i in batch[2][:4]]}")
-            if ema:
-                update_ema(ema, model, recipe.ema)
-            for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() * size
-            count, step = count + size, step + 1
-            line.update(lambda: f"epoch {(step - 1) // per_epoch + 1}/{math.ceil(steps / per_epoch)}  step {step}/{steps}  " + "  ".join(f"{k} {(v / count).item():.4g}" for k, v in sums.items() if k in ("loss", "top1")) + f"  {count * world.size / (time.perf_counter() - epoch_started):.0f} images/s  {time_left(epoch_started, count, (steps - step) * size)} left in training")
-            if opts.save_every and step % opts.save_every == 0 and step % per_epoch and step < steps:
-                seconds = time.perf_counter() - epoch_started
-                save(rng_state(world.device))
-                saved_step = step
-    finally:
-        line.clear()
-        stop.restore()
-
-    # -- 8 report
-    if splits.val:  # the validation split was for looking on; the test images are scored once, here
-        test_name, scores = "test", evaluate(opts, recipe, ema or model, data.Photos(splits.test, recipe, False), world)
-    result = {"split": test_name, **scores, "best_over_epochs": best, "steps": steps, "commit": git_commit(), "seed": opts.seed, "seconds": round(total_seconds(folder / "log.jsonl"), 1) if lead else 0}
-    bad_images = sorted({message for part in world.gather(bad_images) for message in part})
-    if lead:
-        if bad_images:
-            write_json(folder / "run.json", read_run(folder) | {"bad_images": bad_images})
-            print(f"{len(bad_images)} unreadable photos were left out; they are listed in {folder}/run.json")
-        write_json(folder / "result.json", result)
-        print(f"result: {test_name} " + "  ".join(percentages(scores)) + f" after the last epoch, {result['seconds']:.0f} s of training -> {folder}/result.json")
-        print(f"next:   python train.py eval --run {folder}\n        python train.py figures --run {folder}" + ("" if recipe.task == "reid" else f"\n        python train.py predict --run {folder} PHOTO_OR_FOLDER"))
-    return result
-
-
-def restore_share(shares, seed, world):
-    """What differed between the processes that wrote a checkpoint -> this one's sums of the epoch's terms, count of images, unreadable photos; sets the random states."""
-    same = len(shares) == world.size
-    if same:
-        set_rng_state(shares[world.rank]["rng"], world.device)
-    else:  # another number of processes: the same run in law, not in bits
-        seed_all(seed + world.rank)
-    sums, count, bad_images = {}, 0, []
-    for r, share in enumerate(shares):
-        mine = int(r == world.rank if same else world.rank == 0)  # the sums of processes that are no more go to the first
-        count += mine * share["count"]
-        bad_images += share["bad_images"] if mine else []
-        for name, value in share["sums"].items():
-            sums[name] = sums.get(name, 0) + mine * value.to(world.device)
-    return sums, count, bad_images
-
-
-def epoch_entry(step, per_epoch, sums, count, seconds, lr, world):
-    """A line of log.jsonl: the epoch's mean terms over the images of all processes; the scores come beside them."""
-    images = float(world.sum(np.array([count]))[0])
-    means = {k: float(world.sum(v.double().cpu().numpy().reshape(1))[0] / images) for k, v in sums.items()}
-    return {"step": step, "epoch": math.ceil(step / per_epoch), "lr": lr, **{k: round(v, 6) for k, v in means.items()}, "seconds": round(seconds, 2), "images_per_second": round(images / max(seconds, 1e-9), 1)}
-
-
-def percentages(scores, digits=1):
-    """Scores as texts: all are shares, but for the number of skipped queries."""
-    return [f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items()]
-
-
-def epoch_line(entry, epochs, terms, test_name):
-    """The same line for a reader."""
-    said = [f"epoch {entry['epoch']}/{epochs}", *(f"{k} {entry[k]:.4g}" for k in terms), *(f"{test_name} {text}" for text in percentages(entry.get(test_name, {})))]
-    return "  ".join(said) + f"  {entry['images_per_second']:.0f} images/s"
-
-
-def update(recipe, model, wrapped, optimizer, scaler, context, batch, world, describe_step):
-    """One optimizer step on a batch, in recipe.accumulate parts -> (loss, terms, images)."""
-    images, labels = batch[0].to(world.device, non_blocking=True), batch[1].to(world.device, non_blocking=True)
-    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate)))
-    total, all_terms = 0.0, {}
-    wrapped.train()
-    for i, (part, targets) in enumerate(parts):
-        share = len(part) / len(images)
-        quiet = wrapped.no_sync() if wrapped is not model and i < len(parts) - 1 else contextlib.nullcontext()
-        with quiet:
-            with context():
-                loss, terms = wrapped(common.normalize(part, recipe.normalize).contiguous(memory_format=torch.channels_last), targets)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at {describe_step()}, terms {({k: round(v.item(), 4) for k, v in terms.items()})}; the last checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off")
-            scaler.scale(loss * share).backward()
-        total = total + loss.detach() * share
-        for name, value in terms.items():
-            all_terms[name] = all_terms.get(name, 0) + value.detach() * share
-    scaler.unscale_(optimizer)
-    for group in optimizer.param_groups:
-        if group["lr"] == 0:  # frozen: no update and no running averages either
-            for p in group["params"]:
-                p.grad = None
-    if recipe.grad_clip:
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, all_terms, len(images)
-
-
-def stopped(stop, folder, step, lead):
-    """Say how to go on after a stop -> the exit status."""
-    if lead:
-        print(f"stopped at step {step}; go on with: python train.py --resume {folder}")
-    return 128 + (stop.signal or signal.SIGTERM)
-
-
-def load_last(folder, opts, world, classes):
-    """The newest sound checkpoint of an unfinished run; None for one that was killed before its first."""
-    if (folder / "result.json").exists():
-        raise ValueError(f"{folder} is finished; look at it with eval, figures or predict, or train anew with --out DIR")
-    try:
-        state, path, problem = common.load_newest(folder)
-    except FileNotFoundError:
-        return None
-    world.gather(0)  # every process has read it
-    if problem and world.rank == 0:
-        print(f"warning: {problem}; going on from {path}", file=sys.stderr)
-        os.replace(path, folder / "last.pt")  # else the next save would put the damaged file in its place
-    return check_run(state, path, opts, classes)
-
-
-def check_run(state, path, opts, classes=None):
-    """A checkpoint must be of this method and these classes -> the checkpoint."""
-    missing = set("method data classes step model ema optimizer scaler seconds best scores processes".split()) - set(state)  # what train.save writes
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version of this code wrote it; use the commit in the run's run.json")
-    if state["method"] != opts.method:
-        raise ValueError(f"{path} is a checkpoint of {state['method']}, not of {opts.method}")
-    if classes is not None and state["classes"] != classes:
-        here, there = sorted(set(classes) - set(state["classes"]))[:3], sorted(set(state["classes"]) - set(classes))[:3]
-        raise ValueError(f"{path} was trained on other classes ({len(state['classes'])}, here {len(classes)}; only there {there}, only here {here}); use the data of the run, or train anew")
+def read_checkpoint(path, about=None):
+    """last.pt of a run; `about`: the run.json that it has to fit."""
+    state = common.load_checkpoint(path)
+    kinds = dict(method=str, classes=list, recipe=dict, step=int, sums=dict, model=dict, optimizer=dict, scaler=dict)
+    wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if wrong or state["method"] not in METHODS:
+        raise ValueError(f"{path} lacks {', '.join(wrong) or 'a method'}: use the commit in the run's run.json")
+    if about and state["method"] != about["method"]:
+        raise ValueError(f"{path} is a checkpoint of {state['method']}, not of {about['method']}")
+    if about and state["classes"] != about["classes"]:
+        other = sorted(map(str, {*state["classes"]} ^ {*about["classes"]}))[:3]
+        raise ValueError(f"{path} was trained on other classes ({', '.join(other)}); use its data, or train anew")
     return state
 
 
-def describe(opts, splits, model, steps, world):
+def restore(part, state, path):
+    """load_state_dict, whose dozen errors become one line."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit ({what}); only switches that leave the weights alone do") from None
+
+
+def describe(flags, recipe, splits, model, steps, world):
     """What run.json holds."""
-    return {
-        "command": opts.command, "method": opts.method, "data": opts.data, "root": str(Path(opts.root).resolve()) if opts.root else None, "recipe_name": opts.recipe_name,
-        "recipe": dataclasses.asdict(opts.recipe), "seed": opts.seed, "classes": splits.classes, "commit": git_commit(), "device": device_name(world), "processes": world.size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "counts": {"train": len(splits.train), "test": len(splits.test), "val": len(splits.val) if splits.val else 0}, "parameters": count_parameters(model), "steps": steps,
-        "flags": {k: getattr(opts, k) for k in ("eval_every", "save_every", "skip_bad_images", "workers", "matmul_precision", "deterministic", "compile")}}
+    root = str(Path(flags.root).resolve()) if flags.root else ""
+    return run_names(flags) | {
+        "command": flags.command, "recipe": dataclasses.asdict(recipe), "seed": flags.seed, "classes": splits.classes,
+        **provenance(world), "processes": world.size, "steps": steps, "parameters": count_parameters(model),
+        "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
+        "counts": {name: len(split) for name, split in vars(splits).items() if isinstance(split, data.Split)},
+        "note": splits.note, "flags": {name: getattr(flags, name) for name in KEPT} | {"root": root},
+    }
 
 
-class Line:
-    """On a terminal, one line that is kept up to date; elsewhere only the finished lines."""
-
-    def __init__(self, lead):
-        self.live, self.lead, self.shown = lead and sys.stdout.isatty(), lead, 0.0
-
-    def update(self, text):
-        if self.live and time.perf_counter() - self.shown > 0.2:
-            print("\r\033[K" + text()[: os.get_terminal_size().columns - 1], end="", flush=True)
-            self.shown = time.perf_counter()
-
-    def done(self, text):
-        self.clear()
-        print(text, flush=True)
-
-    def clear(self):
-        if self.live:
-            print("\r\033[K", end="", flush=True)
+def provenance(world):
+    """Where a number comes from: commit, device and date."""
+    name = f"CPU ({torch.get_num_threads()} threads)"
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    device = name if world.size == 1 else f"{world.size} x {name}"
+    return {"commit": git_commit(), "device": device, "date": time.strftime("%Y-%m-%d")}
 
 
-def time_left(started, done, left):
-    """Minutes and seconds until `left` more images are done at the rate so far."""
-    total = int((time.perf_counter() - started) / max(done, 1) * left)
-    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}" if total >= 3600 else f"{total // 60}:{total % 60:02d}"
-
-
-def keep_log(path, step):
-    """Drop what the log says of steps after the checkpoint: they will be done again."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step))
-    os.replace(part, path)
-
-
-def read_log(path):
-    """Lines of a log.jsonl as dicts, up to a half-written one."""
-    entries = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try:
-            entries.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return entries
-
-
-def total_seconds(path):
-    """Seconds of all epochs in a log."""
-    return sum(entry["seconds"] for entry in read_log(path))
-
-
-def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    part = Path(path).with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+@functools.cache
+def git_commit():
+    """Short hash of the code's commit, with '+' when tracked files are changed; 'unknown' outside git."""
+    words = "describe --always --dirty=+ --exclude=*".split()
+    with contextlib.suppress(OSError):
+        git = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return git.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def count_parameters(model):
@@ -734,678 +595,708 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@functools.cache
-def git_commit():
-    """Short hash of the code's commit, with '+' when tracked files are changed; 'unknown' outside git."""
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *args], capture_output=True, text=True)
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "") if head.returncode == 0 else "unknown"
-    except OSError:
-        return "unknown"
+# ------------------------------------------------------------------------------------------ what is said
 
 
-def device_name(world):
-    """What the run runs on."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    return name if world.size == 1 else f"{world.size} x {name}"
+def say(text):
+    """Print a text, its lines cut at words."""
+    live_line("")
+    width = max(60, shutil.get_terminal_size((110, 24)).columns)
+    how = dict(subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    print(textwrap.fill(text, width, **how), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+def live_line(text):
+    """On a terminal, one line that is kept up to date."""
+    if sys.stdout.isatty():
+        print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+def percentages(scores, digits=1):
+    """Scores as a text: all are shares, but for the number of skipped queries."""
+    return "  ".join(f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items())
+
+
+def clock(seconds):
+    """Seconds as minutes:seconds, from an hour on with hours."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def first_line(error):
+    """What an error says, in a line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------ 7 loop
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM end training after the current step; in an evaluation, or the second time, at once."""
+
+    def __init__(self, folder):
+        self.signal, self.at_once, self.advice = 0, False, f"go on with: python train.py --resume {folder}"
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame=None):
+        if self.at_once or self.signal:
+            raise KeyboardInterrupt(128 + number, f"stopped at once; {self.advice}")
+        self.signal = number
+        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print is not safe here
+
+    @contextlib.contextmanager
+    def stops_at_once(self):
+        """For work that is done again on resume."""
+        self.at_once = True
+        if self.signal:
+            self.ask(self.signal)
+        yield
+        self.at_once = False
+
+    def __exit__(self, *error):
+        live_line("")
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(flags, recipes, world):
+    """Train one recipe to result.json -> its result, or the exit status of a run that was asked to stop."""
+    recipe, run = recipes[0][1], Run(flags, world)
+    # 3 data
+    splits = load_data(flags, recipe)
+    photos = data.Photos(splits.train, recipe, train=True, seed=flags.seed, skip=flags.skip_bad_images)
+    watched = {"val": splits.val} if splits.val else {"test": splits.test}
+    share = dict(rank=world.rank, size=world.size)
+    per_epoch = len(data.epoch_batches(splits.train, recipe, flags.seed, 0, **share))
+    steps = recipe.iterations or recipe.epochs * per_epoch
+    # 4 model, 5 optimizer
+    torch.manual_seed(flags.seed)
+    model = parallel = build(recipe, len(splits.classes), flags, world)
+    parts = parts_of(recipe, model, flags, world)
+    _, optimizer, scaler = parts.values()
+    if world.size > 1:
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    # 6 run folder
+    about = describe(flags, recipe, splits, model, steps, world)
+    step = run.open(about, parts)
+    if run.lead:
+        say(f"{flags.method} on {flags.data}: {splits.note}")
+        say(f"{about['parameters'] / 1e6:.2f} M parameters, step {step} to {steps} of {recipe.batch_size} images on "
+            f"{about['device']}, seed {flags.seed} -> {run.folder}")
+    # 7 loop
+    with StopRequest(run.folder) as stop:
+        for epoch in range(math.ceil(step / per_epoch) - bool(run.sums), math.ceil(steps / per_epoch)):
+            keys = data.epoch_batches(splits.train, recipe, flags.seed, epoch, **share)
+            for batch in make_loader(photos, flags, world, batch_sampler=keys[step - epoch * per_epoch :][: steps - step]):
+                seed_step(flags.seed, step, world.rank)
+                for group in optimizer.param_groups:
+                    group["lr"] = common.lr_at(recipe, step, steps, per_epoch, group)
+                loss, terms = update(parallel, optimizer, scaler, batch, recipe, world)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(why_not_finite(step, loss, terms, optimizer, splits.train, batch))
+                step += 1
+                run.count({"loss": loss, **terms})
+                left = clock((steps - step) * run.sums["seconds"] / run.sums["steps"])
+                live_line(f"epoch {epoch + 1}  step {step}/{steps}  loss {loss:.4g}  {left} left")
+                stopping = world.sum(np.array([stop.signal]))[0]
+                if stopping or flags.save_every and step % flags.save_every == 0:
+                    run.save(step)
+                if stopping:
+                    print(f"stopped at step {step}; {stop.advice}" if run.lead else "", flush=True)
+                    return 128 + (stop.signal or signal.SIGTERM)
+            run.save(step)  # before the evaluation, which may be long: it can be done again
+            scores = {}
+            if step == steps or (epoch + 1) % flags.eval_every == 0:
+                seed_step(flags.seed, step, world.rank)  # a repeated evaluation draws the same numbers
+                with stop.stops_at_once():
+                    scores = {k: evaluate(model, split, recipe, flags, world)["scores"] for k, split in watched.items()}
+            left = clock((steps - step) * run.sums["seconds"] / max(1, run.sums["steps"]))
+            run.close_epoch({"step": step, "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}, scores, left)
+        # 8 report
+        with stop.stops_at_once():
+            tested = evaluate(model, splits.test, recipe, flags, world)["scores"] if splits.val else None
+    result = report(run, tested, *watched) if run.lead else {}
+    world.sum(np.zeros(1))  # the others wait until all is written
+    return result
+
+
+def update(model, optimizer, scaler, batch, recipe, world):
+    """One optimizer step on a batch of Photos, in recipe.accumulate parts -> loss, terms."""
+    images, labels = batch[0], batch[1].to(world.device)
+    parts = zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate))
+    totals = {}
+    model.train()
+    for i, (part, targets) in enumerate(parts, 1):
+        share, last = len(part) / len(images), i == recipe.accumulate
+        inputs = data.erase(to_model(part, recipe, world.device), recipe)
+        with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():  # gradients are summed once
+            with autocast(recipe, world.device):
+                loss, terms = model(inputs, targets)
+            scaler.scale(loss * share).backward()
+        for name, value in {"loss": loss, **terms}.items():
+            totals[name] = totals.get(name, 0) + value.detach() * share
+    scaler.unscale_(optimizer)
+    for p in (p for group in optimizer.param_groups if group["lr"] == 0 for p in group["params"]):
+        p.grad = None  # frozen: no running averages either
+    if recipe.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return totals.pop("loss"), totals
+
+
+def why_not_finite(step, loss, terms, optimizer, split, batch):
+    """What to know of a step whose loss is not finite."""
+    terms = {name: round(float(value), 4) for name, value in terms.items()}
+    rate, paths = optimizer.param_groups[0]["lr"], [split.paths[i] for i in batch[2][:4]]
+    return (
+        f"the loss is {float(loss)} at step {step}, lr {rate:.3g}, terms {terms}, photos {paths}; the last "
+        "checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off"
+    )
+
+
+def report(run, tested, watched):
+    """8: write result.json and say what to type next -> the result. tested: scores of the test split, if not watched."""
+    log = [entry for entry in read_log(run.folder) if watched in entry]
+    scores = tested or log[-1][watched]
+    metric = next(iter(scores))
+    best = max(log, key=lambda entry: entry[watched][metric])
+    best = {"split": watched, "metric": metric, "score": best[watched][metric], "epoch": best["epoch"]}
+    seconds = round(sum(entry["seconds"] for entry in read_log(run.folder)), 1)
+    kept = {name: run.about[name] for name in ("steps", "commit", "seed")}
+    result = {"split": "test", **scores, "best_over_epochs": best, **kept, "seconds": seconds}
+    write_json(run.result, result)
+    say(f"result: test {percentages(scores)} after the last epoch, {seconds:.0f} s of training -> {run.result}")
+    print(f"next:   python train.py eval {run.folder}\n        python train.py figures {run.folder}")
+    if run.about["recipe"]["task"] == "classify":
+        print(f"        python train.py predict {run.folder} PHOTO_OR_FOLDER")
+    return result
+
+
+# ------------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()
-def run_over(model, photos, recipe, opts, world, ask, stop=None):
-    """Call `ask(images, indices) -> dict name -> tensor (b, ...)` on every image exactly once, over all processes -> dict name -> array (n, ...).
-
-    Process r takes the images r, r + size, ...: nothing is padded, so that any number of processes gives the same numbers.
-    """
+def answers_of(model, split, recipe, flags, world, question):
+    """Ask a model about every photo once; process r takes r, r + size, ... -> batches of (indices, dict of arrays)."""
     model.eval()
-    n, mine = len(photos), range(world.rank, len(photos), world.size)
-    if n < world.size:
-        raise ValueError(f"{n} test images for {world.size} processes; start fewer")
-    results, context = {}, precision(recipe, world.device)[0]
-    for batch, bad in make_loader(photos, workers_of(opts), world.device, batch_size=max(1, recipe.batch_size // world.size), sampler=mine):
-        if bad:
-            raise ValueError(f"{bad[0]}; every test image must be readable: repair or remove it")
-        images, _, indices, sizes = batch
-        with context():
-            answer = ask(common.normalize(images.to(world.device, non_blocking=True), recipe.normalize).contiguous(memory_format=torch.channels_last), indices)
-        for name, value in {**answer, "sizes": sizes}.items():
-            value = value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
-            results.setdefault(name, np.zeros((n, *value.shape[1:]), value.dtype))[indices.numpy()] = value
-        if stop is not None and stop.signal:
-            break
-    if stop is not None and world.any(stop.signal):
-        raise Stopped
+    if len(split) < world.size:
+        raise ValueError(f"{len(split)} images for {world.size} processes; start fewer")
+    photos, done, began = data.Photos(split, recipe, skip=flags.skip_bad_images), 0, time.perf_counter()
+    mine = range(world.rank, len(split), world.size)
+    batch_size = max(1, recipe.batch_size // world.size)
+    for images, _, indices, shown in make_loader(photos, flags, world, batch_size=batch_size, sampler=mine):
+        with autocast(recipe, world.device):
+            answers = question(to_model(images, recipe, world.device))
+        answers = {name: value.float() if value.is_floating_point() else value for name, value in answers.items()}
+        yield indices.numpy(), {name: value.cpu().numpy() for name, value in {**answers, "shown": shown}.items()}
+        done += len(images)
+        left = clock((time.perf_counter() - began) / done * (len(mine) - done))
+        live_line(f"{done} of {len(mine)} photos  {left} left" * (world.rank == 0))
+
+
+def run_over(model, split, recipe, flags, world, question):
+    """The answers of all processes about every photo of a split -> dict name -> array (n, ...)."""
+    results = {}
+    for indices, answers in answers_of(model, split, recipe, flags, world, question):
+        for name, value in answers.items():
+            results.setdefault(name, np.zeros((len(split), *value.shape[1:]), value.dtype))[indices] = value
+    live_line("")
     return {name: world.sum(array) for name, array in results.items()}
 
 
-def evaluate(opts, recipe, model, photos, world, stop=None):
-    """Scores of a model on a split, the headline first: top1 and top5, or mAP and rank-1/5/10; all in [0, 1]."""
-    if recipe.task == "reid":
-        features = run_over(model, photos, recipe, opts, world, lambda images, _: {"features": model(images)}, stop)["features"]
-        return reid_scores(opts, features, photos.split)
-    top = run_over(model, photos, recipe, opts, world, lambda images, _: {"top": ranked(model(images))}, stop)["top"]
-    return top_scores(top, np.array(photos.split.labels))
+def evaluate(model, split, recipe, flags, world, whole=False, untrained=None):
+    """Scores of a model -> data.score's dict; `whole`: of its heads too, and where it and an untrained one look."""
+    classify = recipe.task == "classify"
+    for buffer in model.buffers() if world.size > 1 else ():
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own: score the model that is saved
+
+    def question(images):
+        logits = model(images)
+        answers = {"answer": data.ranked(logits) if classify else logits}
+        for name, value in model.heads(images).items() if whole else ():
+            answers[f"head {name}"] = value.float().argmax(1) if classify else value
+        if whole and classify:
+            answers["boxes"] = model.where(images)[0]
+        if untrained:
+            answers["untrained boxes"] = untrained.where(images)[0]
+        return answers
+
+    def log_probabilities(some):
+        def question(images):
+            return {"answer": model(images).float().log_softmax(1)}
+
+        return run_over(model, some, recipe, flags, world, question)["answer"]
+
+    return data.score(split, run_over(model, split, recipe, flags, world, question), recipe, log_probabilities)
 
 
-def ranked(logits):
-    """Classes of the five largest logits, best first; equal logits in class order on every device. (B, K) -> (B, min(5, K))."""
-    return logits.float().sort(dim=1, descending=True, stable=True).indices[:, :5]
-
-
-def top_scores(top, labels):
-    """Share of images whose label is the best class, and among the best five."""
-    hits = top == labels[:, None]
-    return {"top1": round(float(hits[:, 0].mean()), 6), "top5": round(float(hits.any(1).mean()), 6)}
-
-
-def reid_scores(opts, features, split):
-    """mAP and CMC of a Re-ID test split (the method knows the protocol), as floats."""
-    scores = METHODS[opts.method].reid_evaluate(torch.from_numpy(features), split.labels, split.cameras, split.query)
-    return {k: round(float(v), 6) for k, v in scores.items()}
-
-
-def load_run(opts, world, recipe, state):
-    """The run's model with its trained weights, built for a recipe that may differ in what only evaluation uses."""
-    model = build(opts, dataclasses.replace(recipe, weights="none"), len(state["classes"]), world.device)
-    try:
-        model.load_state_dict(state["ema"] or state["model"])
-    except RuntimeError as error:
-        raise ValueError(f"the run's weights do not fit these switches ({str(error).splitlines()[-1].strip()}); give only switches that leave the parameters alone") from None
-    return model.eval()
-
-
-def open_run(opts):
-    """Folder and checkpoint of the run to look at."""
-    folder = Path(opts.run[0])
-    if not list(folder.glob("last*.pt")):
-        raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train, or start it anew")
-    state, path, problem = common.load_newest(folder)
-    if problem:
-        print(f"warning: {problem}; looking at {path}", file=sys.stderr)
-    return folder, check_run(state, path, opts)
-
-
-def evaluate_run(opts, world):
-    """The eval action: scores, classes, confusions, where it looked, object scales; one row for each variant -> eval.json."""
-    folder, state = open_run(opts)
-    splits = load_data(opts)
-    check_run(state, folder, opts, splits.classes)
-    split, lead = splits.test, world.rank == 0
-    rows = [{"variant": label} | scored(opts, world, recipe, state, split) for label, recipe in opts.variants]
-    if lead:
-        title = f"{opts.method} on {opts.data}, {len(split)} test images, {folder}"
-        print(title + "\n" + "-" * len(title))
-        for row in rows:
-            print((f"[{row['variant']}]  " if row["variant"] else "") + "  ".join(percentages(row["scores"], 2)) + f"  {row['macs'] / 1e9:.3f} GMACs  {row['ms_per_image']:.1f} ms/image")
-            if len(row["heads"]) > 1:
-                print("   heads: " + "  ".join(f"{k} {100 * v:.2f}%" for k, v in row["heads"].items()))
-            for name, text in row.get("said", {}).items():
-                print(f"   {name}: {text}")
-        if opts.recipe.task != "reid":
-            print_classes(rows[0], splits.classes)
-        out = Path(opts.out or folder)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "eval.json", {"command": opts.command, "commit": git_commit(), "device": device_name(world), "run": str(folder), "rows": rows})
-        print(f"written: {out / 'eval.json'}")
-
-
-def scored(opts, world, recipe, state, split):
-    """A checkpoint on a split under a recipe -> dict: scores, those of its heads, what `looked` finds of a classifier, parameters, MACs and ms an image."""
-    model, photos = load_run(opts, world, recipe, state), data.Photos(split, recipe, False)
-    if recipe.task == "reid":
-        heads = run_over(model, photos, recipe, opts, world, lambda images, _: {"all": model(images), **model.heads(images)})
-        row = {"scores": reid_scores(opts, heads["all"], split), "heads": {k: reid_scores(opts, v, split)["mAP"] for k, v in heads.items() if k not in ("all", "sizes")}}
-    else:
-        row = looked(opts, recipe, model, photos, world)
-    sample = torch.zeros(1, 3, *recipe.image_size, device=world.device)
-    return row | {"parameters": count_parameters(model), "macs": common.count_macs(model, sample), "ms_per_image": milliseconds(model, sample, world.device)}
-
-
-def looked(opts, recipe, model, photos, world):
-    """Accuracy of a classifier, of its heads, by class and object scale, and where it looked -> dict for eval.json."""
-
-    fresh = untrained(opts, recipe, world) if opts.data == "toy" else None
-
-    def ask(images, _):
-        boxes = {"boxes": model.where(images)[0]} | ({"fresh": fresh.where(images)[0]} if fresh else {})
-        return {"top": ranked(model(images)), **boxes, **{f"head {k}": v.float().argmax(1) for k, v in model.heads(images).items()}}
-
-    split, (H, W) = photos.split, recipe.image_size
-    answer, labels = run_over(model, photos, recipe, opts, world, ask), np.array(photos.split.labels)
-    right = answer["top"][:, 0] == labels
-    row = {"scores": top_scores(answer["top"], labels), "heads": {k[5:]: float((v == labels).mean()) for k, v in answer.items() if k.startswith("head ")}, "said": {}}
-    boxes, said = answer["boxes"], row["said"]
-    classes = np.unique(labels)
-    row["per_class"] = {int(c): [int(right[labels == c].sum()), int((labels == c).sum())] for c in classes}
-    pairs, counts = np.unique(np.stack([labels, answer["top"][:, 0]])[:, ~right], axis=1, return_counts=True)
-    row["confused"] = [[int(pairs[0, i]), int(pairs[1, i]), int(counts[i])] for i in np.argsort(-counts, kind="stable")[:10]]
-
-    raster = centres_in(boxes, H, W).any(1)  # (n, 32, 32) cells looked at
-    row["coverage"] = float(raster.mean())
-    said["coverage"] = f"its boxes cover {100 * row['coverage']:.1f}% of the image"
-    if split.parts is not None:
-        parts = np.stack([data.to_input(split.parts[i], answer["sizes"][i], recipe, photos.region(i, answer["sizes"][i])) for i in range(len(photos))])  # (n, P, 4), pixels of the input
-        signature = np.array(split.signature, bool)
-        for kind, chosen in (("signature", signature), ("decoy", ~signature)):
-            if chosen.any():
-                score = row[f"pointing_{kind}"] = pointing(boxes, parts[:, chosen], H, W)
-                text = "best box {best:.1f}%, all boxes {all:.1f}%; chance by area {chance:.1f}%, best constant box {constant:.1f}%".format(**{k: 100 * v for k, v in score.items()})
-                if fresh:
-                    score |= {f"untrained_{k}": v for k, v in pointing(answer["fresh"], parts[:, chosen], H, W).items() if k in ("best", "all")}
-                    text += f", untrained network {100 * score['untrained_best']:.1f}%, all its boxes {100 * score['untrained_all']:.1f}%"
-                said[f"{kind} parts"] = text
-    if split.boxes is not None:
-        objects = np.stack([data.to_input(split.boxes[i][None], answer["sizes"][i], recipe, photos.region(i, answer["sizes"][i]))[0] for i in range(len(photos))])
-        row["object_iou"] = object_iou(boxes[:, 0], objects) | ({"untrained": object_iou(answer["fresh"][:, 0], objects)["mean"]} if fresh else {})
-        said["object box"] = "mean IoU of the best box {mean:.3f}; best constant box {constant:.3f}".format(**row["object_iou"]) + (f", untrained network {row['object_iou']['untrained']:.3f}" if fresh else "")
-        areas = (split.boxes[:, 2] - split.boxes[:, 0]) * (split.boxes[:, 3] - split.boxes[:, 1])
-        scale, (low, high) = object_scale(areas)
-        row["scale"] = {name: float(right[scale == name].mean()) for name in ("large", "medium", "small") if (scale == name).any()} | {"thresholds": [float(low), float(high)]}
-        said["object scale"] = "  ".join(f"{k} {100 * v:.2f}%" for k, v in row["scale"].items() if k != "thresholds") + f"  (box area above {high:.0f} / below {low:.0f} square pixels)"
-    if opts.data == "toy":
-        row["reliance"] = reliance(recipe, model, photos, world)
-        said["reliance"] = "swapping a part changes the decision in " + ", ".join(f"{k} {100 * v[1]:.0f}%" for k, v in row["reliance"].items()) + " of the images"
-    return row
-
-
-def untrained(opts, recipe, world):
-    """The toy's network with random weights of the run's seed: where it looks is salience, not knowledge."""
-    with torch.random.fork_rng():
-        torch.manual_seed(opts.run_info["seed"])
-        return build(opts, dataclasses.replace(recipe, weights="none"), data.PRESETS[recipe.toy_preset].classes, world.device).eval()
-
-
-def centres_in(boxes, H, W, cells=32):
-    """Which cells of a cells x cells raster have their centre in which box: (n, b, 4) pixels -> (n, b, cells, cells) bool."""
-    x, y = (np.arange(cells) + 0.5) * W / cells, (np.arange(cells) + 0.5) * H / cells
-    inside_x = (x >= boxes[..., 0, None]) & (x < boxes[..., 2, None])
-    inside_y = (y >= boxes[..., 1, None]) & (y < boxes[..., 3, None])
-    return inside_y[..., :, None] & inside_x[..., None, :]
-
-
-def pointing(boxes, parts, H, W):
-    """Share of centres of boxes (n, b, 4) inside one of the parts (n, P, 4; nan: not visible): of the best box, of all, and two references.
-
-    chance is the share of the image that the parts cover; constant is the best single place for all images, chosen in hindsight.
-    """
-    centres = np.stack([(boxes[..., 0] + boxes[..., 2]) / 2, (boxes[..., 1] + boxes[..., 3]) / 2], -1)[:, :, None]  # (n, b, 1, 2)
-    hit = ((centres >= parts[:, None, :, :2]) & (centres < parts[:, None, :, 2:])).all(-1).any(-1)  # (n, b)
-    covered = centres_in(parts, H, W).any(1)
-    return {"best": float(hit[:, 0].mean()), "all": float(hit.mean()), "chance": float(covered.mean()), "constant": float(covered.mean(0).max())}
-
-
-def object_iou(found, objects):
-    """Mean IoU of found (n, 4) and true boxes, and of the best constant box: the best of the mean true box and 200 of the true ones."""
-
-    def iou(a, b):
-        inter = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(-1)
-        area = lambda box: np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1)
-        return inter / np.maximum(area(a) + area(b) - inter, 1e-9)
-
-    constants = np.concatenate([objects.mean(0, keepdims=True), objects[:200]])
-    return {"mean": float(iou(found, objects).mean()), "constant": float(iou(constants[:, None], objects[None]).mean(1).max())}
-
-
-def object_scale(areas):
-    """Object scale by quartiles of the box areas (M2Former, Table 8): small below the first, large above the third, else medium -> (names, (Q1, Q3))."""
-    low, high = np.quantile(areas, (0.25, 0.75))
-    return np.where(areas < low, "small", np.where(areas > high, "large", "medium")), (low, high)
+def load(run, device="cpu", recipe=None):
+    """A run's model, ready to answer -> (model, classes, recipe); `recipe` may change what only evaluation uses."""
+    path = Path(run) / "last.pt"
+    if Path(run).is_dir() and not path.exists():
+        raise FileNotFoundError(f"{run} has no checkpoint yet; python train.py --resume {run} trains it")
+    state = read_checkpoint(path)
+    module = METHODS[state["method"]]
+    recipe = recipe or module.Recipe(**values_of(module.Recipe(), state["recipe"], path))
+    model = module.build(replace(recipe, weights="none"), len(state["classes"]))
+    restore(model, state["model"], path)
+    return model.to(device, memory_format=torch.channels_last).eval(), state["classes"], recipe
 
 
 @torch.no_grad()
-def reliance(recipe, model, photos, world, images=120):
-    """Toy counterfactuals: swap one part of a test bird, every other pixel kept -> {part: (mean |change of log p(label)|, share of changed decisions)}."""
-    split, birds = photos.split, []
-    for i in range(min(images, len(split))):
-        preset, name, index = split.paths[i].split("/")
-        size = split.images[i].shape[0]
-        bird = data.draw_bird(preset, name, int(index), size)
-        birds.append([bird] + [data.draw_bird(preset, name, int(index), size, {part: (bird.values[part] + 1 + i % 3) % 4}) for part in split.part_names])
-    context, log_p = precision(recipe, world.device)[0], []
-    for versions in birds:
-        batch = torch.stack([data.prepare(data.Image.fromarray(b.image), recipe) for b in versions]).to(world.device)
-        with context():
-            log_p.append(model(common.normalize(batch, recipe.normalize)).float().log_softmax(1).cpu())
-    log_p = torch.stack(log_p)  # (n, 1 + P, K)
-    labels = torch.tensor(split.labels[: len(birds)])[:, None, None].expand(-1, log_p.shape[1], 1)
-    change = (log_p.gather(2, labels) - log_p.gather(2, labels)[:, :1]).abs().squeeze(2)[:, 1:].mean(0)
-    flipped = (log_p.argmax(2)[:, 1:] != log_p.argmax(2)[:, :1]).float().mean(0)
-    return {part: (round(change[p].item(), 4), round(flipped[p].item(), 4)) for p, part in enumerate(split.part_names)}
+def scored(run, recipe, flags, world):
+    """A run on its test images under a recipe -> dict: its scores, where it looks, parameters, MACs, ms an image."""
+    splits, untrained = load_data(flags, recipe), None
+    read_checkpoint(Path(run) / "last.pt", {"method": flags.method, "classes": splits.classes})
+    model, _, _ = load(run, world.device, recipe)
+    if splits.test.swap:  # drawn images: where an untrained network looks is salience, not knowledge
+        with torch.random.fork_rng():
+            torch.manual_seed(flags.seed)
+            untrained = build(replace(recipe, weights="none"), len(splits.classes), flags, world).eval()
+    if flags.compile:
+        model.compile()
+    row = evaluate(model, splits.test, recipe, flags, world, True, untrained)
+    image = torch.zeros(1, 3, *recipe.image_size, device=world.device)
+    ms = statistics.median(seconds_of(lambda: model(image), world) for _ in range(5)) * 1e3
+    return row | costs_of(model, image) | {"ms": ms, "classes": splits.classes}
 
 
-def print_classes(row, classes):
-    """The weakest classes and the most confused pairs."""
-    weak = sorted(row["per_class"].items(), key=lambda item: item[1][0] / item[1][1])[:5]
-    print("   weakest classes: " + "; ".join(f"{classes[c]} {right}/{n}" for c, (right, n) in weak))
-    print("   most confused (true > predicted): " + "; ".join(f"{classes[a]} > {classes[b]} {n}x" for a, b, n in row["confused"]))
-
-
-# ------------------------------------------------------------------------------------------------ predict and figures
-
-
-def list_photos(paths):
-    """Files of photos and folders of photos -> sorted list of files."""
-    known, found = {e.lower() for e in data.Image.registered_extensions()}, []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such photo or folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path}: no photos in this folder (extensions known: {', '.join(sorted(known)[:8])}, ...)")
-        found += inside
-    return found
-
-
-@torch.no_grad()
-def predict(opts, world):
-    """The predict action: top-5 of each photo, and a picture of what the model looked at."""
-    folder, state = open_run(opts)
-    if opts.recipe.task == "reid":
-        raise ValueError("a re-identification run ranks identities and has no classes to predict; look at it with eval and figures")
-    recipe, classes, out = opts.recipe, state["classes"], Path(opts.out or folder / "predict")
-    paths = list_photos(opts.photos)
-    photos = [data.prepare(data.open_photo(p), recipe) for p in paths]
-    model = load_run(opts, world, recipe, state)
-    out.mkdir(parents=True, exist_ok=True)
-    context, stems = precision(recipe, world.device)[0], Counter(p.stem for p in paths)
-    for i, (path, photo) in enumerate(zip(paths, photos)):
-        image = common.normalize(photo[None].to(world.device), recipe.normalize)
-        with context():
-            p, top = model(image).float().softmax(1)[0].sort(descending=True, stable=True)
-            boxes, scores = model.where(image)
-        names = [f"{classes[c]} {100 * q:.1f}%" for q, c in zip(p[:5].tolist(), top[:5].tolist())]
-        print(f"{path}: " + ", ".join(names))
-        plain = common.to_pil(image[0], recipe.normalize)
-        zoom = max(1, round(320 / plain.height))
-        big = plain.resize((plain.width * zoom, plain.height * zoom), data.Image.Resampling.BICUBIC)
-        marked = common.draw_boxes(big, boxes[0].float().cpu() * zoom, [str(b + 1) for b in range(boxes.shape[1])])
-        common.panels([big, marked], [path.name, names[0]], height=320).save(out / (f"{path.stem}.png" if stems[path.stem] == 1 else f"{i:04d}-{path.stem}.png"))
-    print(f"pictures: {out}/")
-
-
-@torch.no_grad()
-def figures(opts, world):
-    """The figures action: the paper's qualitative figure for some test images, learning curves, and accuracy against MACs after a sweep."""
-    if len(opts.run or []) > 1:
-        out = Path(opts.out or "runs/figures")
-        curves(opts.run, out)
+def evaluate_run(flags, recipes, world):
+    """The eval action -> eval.json."""
+    rows = [{"variant": label} | scored(flags.run, recipe, flags, world) for label, recipe in recipes]
+    if world.rank:
         return
-    folder, state = open_run(opts)
-    recipe, out = opts.recipe, Path(opts.out or folder / "figures")
-    splits = load_data(opts)
-    photos = data.Photos(splits.test, recipe, False)
-    model = load_run(opts, world, recipe, state)
-    k = min(opts.images, len(photos))
-    chosen = [i * len(photos) // k + i % (len(photos) // k) for i in range(k)]  # spread over the split, and over its classes where these alternate
-    batch = torch.stack([photos[i][0] for i in chosen]).to(world.device)
-    with precision(recipe, world.device)[0]():
-        pictures = model.figure(common.normalize(batch, recipe.normalize))
-    out.mkdir(parents=True, exist_ok=True)
-    for i, picture in zip(chosen, pictures):
-        name = splits.classes[splits.test.labels[i]] if recipe.task != "reid" else f"identity {splits.test.labels[i]}"
-        path = out / f"test{i:05d}.{opts.format}"
-        picture.save(path, quality=92)  # of a jpg
-        print(f"{path}: {name}")
-    curves([folder], out)
+    say(f"{flags.method} on {flags.data}, {flags.run}")
+    for row in rows:
+        variant = f"[{row['variant']}]  " if row["variant"] else ""
+        say(f"{variant}{percentages(row['scores'], 2)}  {row['macs']:.3f} GMACs  {row['ms']:.1f} ms/image")
+        if len(row["heads"]) > 1:
+            say(f"   heads: {percentages(row['heads'], 2)}")
+        for text in row.get("lines", ()):
+            say(f"   {text}")
+    classes, first = rows[0]["classes"], rows[0]
+    if "per_class" in first:
+        weak = sorted(first["per_class"].items(), key=lambda item: item[1][0] / item[1][1])[:5]
+        say("   weakest classes: " + "; ".join(f"{classes[c]} {right}/{n}" for c, (right, n) in weak))
+        pairs = "; ".join(f"{classes[a]} > {classes[b]} {n}x" for a, b, n in first["confused"])
+        say(f"   most confused (true > predicted): {pairs or 'none'}")
+    path = make_folder(flags.out or flags.run) / "eval.json"
+    write_json(path, {"command": flags.command, "run": flags.run, **provenance(world), "rows": rows})
+    print(f"written: {path}")
 
 
-def plot(title, x_name, y_name, series, size=(460, 320)):
-    """A line chart drawn with Pillow: series is {label: [(x, y), ...]} -> PIL image with axes, round ticks and a legend."""
-    (W, H), font, small = size, common.ImageFont.load_default(size=14), common.ImageFont.load_default(size=12)
-    page = data.Image.new("RGB", size, "white")
-    draw = common.ImageDraw.Draw(page)
-    series = {k: [(x, y) for x, y in v if math.isfinite(y)] for k, v in series.items()}
-    series = {k: v for k, v in series.items() if v}
-    draw.text((W / 2, 6), title, fill="black", font=font, anchor="ma")
-    if not series:
-        draw.text((W / 2, H / 2), "nothing logged yet", fill="gray", font=font, anchor="mm")
-        return page
-    legend = 16 * len(series) + 6
-    left, top, right, bottom = 64, 28, W - 14, H - 44 - legend
-    xs, ys = ([p[i] for v in series.values() for p in v] for i in (0, 1))
-    x_ticks, y_ticks = ticks(0, max(xs)), ticks(min(ys), max(ys))
-    place = lambda x, y: (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left), bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
-    for x in x_ticks:
-        draw.line((*place(x, y_ticks[0]), *place(x, y_ticks[-1])), fill="#e6e6e6")
-        draw.text((place(x, 0)[0], bottom + 4), f"{x:g}", fill="black", font=small, anchor="ma")
-    for y in y_ticks:
-        draw.line((*place(x_ticks[0], y), *place(x_ticks[-1], y)), fill="#e6e6e6")
-        draw.text((left - 5, place(0, y)[1]), f"{y:g}", fill="black", font=small, anchor="rm")
-    draw.line((left, top, left, bottom, right, bottom), fill="black")
-    draw.text(((left + right) / 2, bottom + 20), x_name, fill="black", font=small, anchor="ma")
-    draw.text((6, 10), y_name, fill="black", font=small)
-    colours = ("#0057b8", "#d1495b", "#2a9134", "#8f3fae", "#e08a00", "#00868b", "#6b4f3a", "#555555")
-    for i, (label, points) in enumerate(series.items()):
-        colour = colours[i % len(colours)]
-        draw.line([place(*p) for p in points], fill=colour, width=2)
-        for p in points if len(points) < 30 else points[-1:]:
-            x, y = place(*p)
-            draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=colour)
-        y = bottom + 40 + 16 * i
-        draw.line((left, y + 7, left + 20, y + 7), fill=colour, width=3)
-        draw.text((left + 26, y), label, fill="black", font=small)
-    return page
+# ------------------------------------------------------------------------------------------ predict and figures
 
 
-def ticks(low, high, about=5):
-    """Round numbers that cover [low, high]."""
-    span = max(high - low, abs(high) * 1e-3, 1e-6)
-    unit = 10 ** math.floor(math.log10(span / about))
-    unit *= next(m for m in (1, 2, 5, 10) if m * unit * about >= span * (1 - 1e-9))
-    first = math.floor(low / unit + 1e-9)
-    return [round(k * unit, 12) for k in range(first, max(first + 1, math.ceil(high / unit - 1e-9)) + 1)]
+def predict(flags, recipes, world):
+    """The predict action: photo by photo into CSV, JSON and a picture each -> status 1 if some could not be read."""
+    recipe = recipes[0][1]
+    model, classes, _ = load(flags.run, world.device, recipe)
+    if recipe.task != "classify":
+        raise ValueError("this run ranks identities and has no classes to predict; look at it with eval and figures")
+
+    def question(images):
+        shares, order = model(images).float().softmax(1).sort(descending=True, stable=True)
+        boxes, scores = model.where(images)
+        return {"classes": order[:, :5], "shares": shares[:, :5], "boxes": boxes, "scores": scores}
+
+    split = data.Split(data.list_photos(flags.words), None, upright=True)
+    out, bad, separator = make_folder(flags.out or Path(flags.run) / "predict"), [], "\n"
+    flags = replace(flags, skip_bad_images=True)
+    with contextlib.ExitStack() as files:
+        table, file = (
+            files.enter_context(open(out / f"predictions.{kind}", "w", newline="", encoding="utf-8")) for kind in ("csv", "json"))
+        rows = csv.writer(table)
+        rows.writerow(["path"] + [f"{what} {n + 1}" for n in range(min(5, len(classes))) for what in ("class", "probability")])
+        file.write(json.dumps({"run": flags.run, "command": flags.command, **provenance(world)})[:-1] + ', "photos": [')
+        for indices, answers in answers_of(model, split, recipe, flags, World(world.device), question):
+            for row, i in enumerate(indices):
+                path, one = str(split.paths[i]), {name: values[row] for name, values in answers.items()}
+                if np.isnan(one["shown"]).any():
+                    bad.append(path)
+                    print(f"train.py: {path}: cannot be read as a photo; skipped", file=sys.stderr)
+                    continue
+                top = [(classes[c], round(float(share), 4)) for c, share in zip(one["classes"], one["shares"])]
+                boxes = data.to_photo(one["boxes"], one["shown"], recipe.image_size)
+                entry = {"path": path, "top": top, "boxes": boxes.round(2).tolist(), "scores": one["scores"].tolist()}
+                if flags.pictures:
+                    entry["picture"] = picture_of(path, top, boxes[:6], out)
+                rows.writerow([path, *itertools.chain(*top)])
+                file.write(separator + json.dumps(entry, ensure_ascii=False))
+                separator = ",\n"
+                say(f"{i + 1}/{len(split)} {path}: " + ", ".join(f"{name} {share:.1%}" for name, share in top))
+        file.write('\n], "unreadable": ' + json.dumps(bad, ensure_ascii=False) + "}\n")
+    print(f"written: {out}/predictions.csv, predictions.json" + ", a picture of each photo" * flags.pictures)
+    if bad:
+        say(f"{len(bad)} of {len(split)} files could not be read: {', '.join(bad)}")
+    return int(bool(bad))
 
 
-def curves(runs, out):
-    """Learning curves of runs (loss terms, accuracy, learning rate) in one PNG, and accuracy against MACs where eval compared variants."""
-    logs = {Path(run).name: read_log(Path(run) / "log.jsonl") for run in runs}
-    for run in runs:
-        read_run(run)
-    one = len(logs) == 1
-    other = {"step", "epoch", "lr", "seconds", "images_per_second", "top1", "test", "val"}
-    losses, scores, rates = {}, {}, {}
-    for run, log in logs.items():
-        for entry in log:
-            x, tag = entry["epoch"], "" if one else f"{run}: "
-            for name in [k for k in entry if k not in other and (one or k == "loss")]:
-                losses.setdefault(tag + name, []).append((x, entry[name]))
-            if "top1" in entry:
-                scores.setdefault(f"{tag}training top1", []).append((x, 100 * entry["top1"]))
-            for split in ("val", "test"):
-                for name in list(entry.get(split, {}))[:1]:
-                    scores.setdefault(f"{tag}{split} {name}", []).append((x, 100 * entry[split][name]))
-            rates.setdefault(tag + "learning rate", []).append((x, entry["lr"]))
-    most = max(len(losses), len(scores), len(rates))
-    size = (460, 300 + 16 * most)
-    charts = [plot("loss", "epoch", "nats", losses, size), plot("accuracy", "epoch", "%", scores, size), plot("learning rate", "epoch", "", rates, size)]
-    for run in runs:
-        path = Path(run) / "eval.json"
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        if len(rows) > 1:
-            name = next(iter(rows[0]["scores"]))
-            charts.append(plot(f"{name} against cost", "GMACs an image", "%", {Path(run).name: sorted((r["macs"] / 1e9, 100 * r["scores"][name]) for r in rows)}, size))
-    page = data.Image.new("RGB", (sum(c.width for c in charts), size[1]), "white")
-    for i, chart in enumerate(charts):
-        page.paste(chart, (i * size[0], 0))
-    out.mkdir(parents=True, exist_ok=True)
-    page.save(out / "curves.png")
+def picture_of(path, top, boxes, out):
+    """Draw boxes of a photo above bars of its three best classes -> the picture's file name, which is new."""
+    photo = data.open_photo(path)
+    scale = min(1.0, 800 / max(photo.size))
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    numbers = [str(n + 1) for n in range(len(boxes))]
+    photo = common.draw_boxes(photo.resize((width, height), reducing_gap=2), boxes * scale, numbers, width=2 + height // 300)
+    page = Image.new("RGB", (max(360, width), height + 80), "white")
+    page.paste(photo)
+    draw, middle = ImageDraw.Draw(page), page.width // 2
+    for n, (name, share) in enumerate(top[:3]):
+        y = height + 6 + 24 * n
+        common.write(draw, (6, y), f"{share:.1%}  {name}", 16, middle - 12, fill="black")
+        draw.rectangle((middle, y, middle + share * (middle - 6), y + 16), fill=common.COLOURS[n], outline="black")
+    for n in itertools.count(1):
+        name = f"{Path(path).stem}-{n}.png" if n > 1 else f"{Path(path).stem}.png"
+        with contextlib.suppress(FileExistsError), open(out / name, "xb") as file:
+            page.save(file, "PNG")
+            return name
+
+
+def figures(flags, recipes, world):
+    """The figures action: the paper's figure of some test images, of several runs side by side, and their curves."""
+    runs = [flags.run, *flags.words]
+    out = make_folder(flags.out or (f"{flags.run}/figures" if len(runs) == 1 else "runs/figures"))
+    if {read_run(run)["data"] for run in runs} == {flags.data}:
+        models = [load(run, world.device, None if i else recipes[0][1]) for i, run in enumerate(runs)]
+        splits = [load_data(flags, recipe).test for _, _, recipe in models]
+        n = min(map(len, splits))
+        count = min(flags.images, n)
+        for i in [j * n // count + j % (n // count) for j in range(count)]:  # spread over the split and its classes
+            pages = [figure_of(*model, split, i, world) for model, split in zip(models, splits)]
+            if len(runs) > 1:
+                pages = [common.headed(page, str(run)) for page, run in zip(pages, runs)]
+            path = out / f"test{i:05d}.png"
+            common.stack(pages, across=True).save(path)
+            print(f"{path}: {splits[0].paths[i]}")
+    curves(runs).save(out / "curves.png")
     print(f"{out / 'curves.png'}: learning curves")
 
 
-# ------------------------------------------------------------------------------------------------ profile
+@torch.no_grad()
+def figure_of(model, classes, recipe, split, i, world):
+    """A method's figure of a test image under its name, its class and, in green or red, the predicted one."""
+    image, label, *_ = data.Photos(split, recipe)[i]
+    images = to_model(image[None], recipe, world.device)
+    with autocast(recipe, world.device):
+        (picture,), answer = model.figure(images), model(images)
+    name = Path(split.paths[i]).name
+    if recipe.task != "classify":
+        return common.headed(picture, f"{name}   identity {label}")
+    share, best = answer.float().softmax(1)[0].max(0)
+    picture = common.headed(picture, f"{classes[best]} {share:.1%}", "#1a7f37" if best == label else "#c62828")
+    return common.headed(picture, f"{name}   {classes[label]}")
 
 
-def peak_memory(work, device):
+def curves(runs):
+    """Learning curves of runs: losses, shares, learning rate, and score against cost where eval compared variants."""
+    charts = {("losses", "epoch", "nats"): {}, ("accuracy", "epoch", "%"): {}, ("learning rate", "epoch", ""): {}}
+    losses, shares, rates = charts.values()
+    for run in runs:
+        tag = f"{Path(run).name} " if len(runs) > 1 else ""
+        for entry in read_log(run):
+            for name, value in entry.items():
+                chart, factor = losses, 1
+                if isinstance(value, dict):  # val, test: the headline
+                    (name, value), chart, factor = (f"{name} {next(iter(value))}", next(iter(value.values()))), shares, 100
+                elif name.startswith(("top1", "reward")):
+                    name, chart, factor = f"training {name}", shares, 100
+                elif name == "lr":
+                    chart = rates
+                skip = name in ("step", "epoch", "seconds", "images_per_second") or chart is losses and tag and name != "loss"
+                if isinstance(value, (int, float)) and not skip:
+                    chart.setdefault(tag + name, []).append((entry["epoch"], factor * value))
+        path = Path(run) / "eval.json"
+        rows = read_json(path, rows=list)["rows"] if path.exists() else []
+        if len(rows) > 1:
+            points = sorted((row["macs"], 100 * next(iter(row["scores"].values()))) for row in rows)
+            charts.setdefault(("accuracy against cost", "GMACs an image", "%"), {})[Path(run).name] = points
+    size = (460, 300 + 16 * max(map(len, charts.values())))
+    return common.stack([common.plot(*names, series, size) for names, series in charts.items()], across=True)
+
+
+# ------------------------------------------------------------------------------------------ profile
+
+
+def peak_memory(work, world):
     """Bytes that `work()` needs at its peak above what is held before; nan where the system cannot tell."""
-    import ctypes
-    import gc
-
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
+        seconds_of(work, world)
         return torch.cuda.max_memory_allocated() - before
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status("VmRSS")
-        work()
-        return _status("VmHWM") - before
+        before = status("VmRSS")
     except (OSError, AttributeError):
-        work()
         return math.nan
-
-
-def _status(field):
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def profile(opts, world):
-    """The profile action: each variant's parameters, MACs, time and peak memory, timed in turn so that ratios hold; the first is 1.00."""
-    if opts.threads:
-        torch.set_num_threads(opts.threads)
-    B, rows = opts.profile_batch, []
-    classes = opts.classes or (len(opts.run_info["classes"]) if opts.run_info else 0) or (data.PRESETS[opts.recipe.toy_preset].classes if opts.data == "toy" else data.PUBLISHED.get(opts.data, (100,))[0])
-    for label, recipe in opts.variants:
-        if recipe.task == "reid" and B % max(1, recipe.instances):
-            raise ValueError(f"--profile-batch {B} holds no whole groups of {recipe.instances} images an identity; choose a multiple")
-        model = build(opts, dataclasses.replace(recipe, weights="none"), classes, world.device)
-        optimizer = make_optimizer(recipe, METHODS[opts.method].param_groups(model, recipe))
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-12  # real steps, but the weights stay (0 would freeze them)
-        context, scaler = precision(recipe, world.device)
-        images = torch.randn(B, 3, *recipe.image_size, device=world.device).contiguous(memory_format=torch.channels_last)
-        pixels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-        labels = torch.arange(B) // max(1, recipe.instances) % classes
-
-        @torch.no_grad()
-        def infer(model=model, images=images, context=context):
-            model.eval()
-            with context():
-                model(images)
-
-        def step(recipe=recipe, model=model, optimizer=optimizer, context=context, scaler=scaler, pixels=pixels, labels=labels):
-            update(recipe, model, model, optimizer, scaler, context, (pixels, labels, torch.arange(B)), world, lambda: "profile")
-
-        rows.append({"variant": label or "as given", "parameters": count_parameters(model), "macs": common.count_macs(model.eval(), images[:1]), "infer": infer, "step": step, "times": {"infer": [], "step": []}})
-    kinds = ("infer",) if opts.inference_only else ("infer", "step")
-    for row in rows:
-        for kind in kinds:
-            row[kind]()  # warm-up
-            row[f"{kind}_bytes"] = peak_memory(row[kind], world.device)
-    order = random.Random(opts.seed)
-    for _ in range(opts.rounds):
-        for row in order.sample(rows, len(rows)):
-            for kind in kinds:
-                row["times"][kind].append(seconds_of(row[kind], world.device))
-    print(f"{opts.method} on {device_name(world)}, batch {B}, {opts.rounds} rounds, input {opts.recipe.image_size}, torch {torch.__version__}")
-    table_rows = [["variant", "parameters M", "GMACs"] + [f"{k}" for kind in kinds for k in (f"{kind} ms/image", f"{kind} images/s", "ratio", f"{kind} peak MB", "ratio")]]
-    for row in rows:
-        cells = [row["variant"], f"{row['parameters'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f}"]
-        for kind in kinds:
-            times, first = row["times"][kind], rows[0]["times"][kind]
-            row[f"{kind}_ms"] = statistics.median(times) / B * 1e3
-            row[f"{kind}_ratio"] = statistics.median(a / b for a, b in zip(times, first))
-            cells += [f"{row[f'{kind}_ms']:.2f}", f"{1e3 / row[f'{kind}_ms']:.1f}", f"{row[f'{kind}_ratio']:.2f}", f"{row[f'{kind}_bytes'] / 2**20:.0f}", f"{row[f'{kind}_bytes'] / max(rows[0][f'{kind}_bytes'], 1):.2f}"]
-        table_rows.append(cells)
-    print(text_table(table_rows))
-    if opts.out:
-        Path(opts.out).mkdir(parents=True, exist_ok=True)
-        keep = [{k: v for k, v in row.items() if k not in ("infer", "step", "times")} for row in rows]
-        write_json(Path(opts.out) / "profile.json", {"command": opts.command, "commit": git_commit(), "device": device_name(world), "date": time.strftime("%Y-%m-%d"), "batch": B, "rows": keep})
-
-
-def seconds_of(work, device):
-    """Seconds that `work()` takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return status("VmHWM") - before
 
 
-@torch.no_grad()
-def milliseconds(model, image, device):
-    """Median time of one image over five calls, ms."""
-    return round(statistics.median(seconds_of(lambda: model(image), device) for _ in range(5)) * 1e3, 3)
+def seconds_of(work, world):
+    """Seconds that `work()` takes."""
+    wait = torch.cuda.synchronize if world.device.type == "cuda" else int
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def workloads(flags, recipe, classes, world):
+    """A recipe's costs, and what is timed: inference and a training step on a random batch."""
+    size, group = flags.profile_batch, max(1, recipe.instances)
+    if size % group:
+        raise ValueError(f"--profile-batch {size} holds no whole groups of {group} images; give a multiple")
+    recipe = replace(recipe, weights="none", accumulate=1)
+    parts = parts_of(recipe, build(recipe, classes, flags, world), flags, world)
+    model = parts["model"]
+    for one in parts["optimizer"].param_groups:
+        one["lr"] = 1e-12  # real steps, but the weights stay (0 would freeze them)
+    pixels = torch.randint(0, 256, (size, 3, *recipe.image_size), dtype=torch.uint8)
+    batch, images = (pixels, torch.arange(size) // group % classes), to_model(pixels, recipe, world.device)
+
+    @torch.no_grad()
+    def infer():
+        model.eval()
+        with autocast(recipe, world.device):
+            model(images)
+
+    def step():
+        update(*parts.values(), batch, recipe, world)
+
+    works = {"infer": infer} if flags.inference_only else {"infer": infer, "step": step}
+    return costs_of(model.eval(), images[:1]), works
+
+
+def costs_of(model, image):
+    """Parameters in M, multiply-adds in G."""
+    return {"params": count_parameters(model) / 1e6, "macs": common.count_macs(model, image) / 1e9}
+
+
+def profile(flags, recipes, world):
+    """The profile action: variants timed in turn, so that ratios hold; the first is 1.00."""
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    classes = flags.classes or (len(read_run(flags.run)["classes"]) if flags.run else 100)
+    rows, works = [], []
+    for label, recipe in recipes:
+        costs, own = workloads(flags, recipe, classes, world)
+        rows.append({"variant": label or "as given", "M parameters": costs["params"], "GMACs": costs["macs"]})
+        works += [(rows[-1], kind, work, []) for kind, work in own.items()]
+    for row, kind, work, _ in works:
+        work()  # warm-up
+        row[f"{kind} MB"] = peak_memory(work, world) / 2**20
+    order = np.random.default_rng(flags.seed)
+    for i in itertools.chain(*(order.permutation(len(works)) for _ in range(flags.rounds))):
+        works[i][3].append(seconds_of(works[i][2], world))
+    for n, (row, kind, _, times) in enumerate(works):
+        first, _, _, base = works[n % (len(works) // len(rows))]
+        row[f"{kind} MB ratio"] = row[f"{kind} MB"] / max(1e-6, first[f"{kind} MB"])
+        row[f"{kind} ms/image"] = statistics.median(times) / flags.profile_batch * 1e3
+        row[f"{kind} images/s"] = 1e3 / row[f"{kind} ms/image"]
+        row[f"{kind} ratio"] = statistics.median(a / b for a, b in zip(times, base))
+    about = {"command": flags.command, "method": flags.method, **provenance(world), "classes": classes}
+    about |= {"batch": flags.profile_batch, "rounds": flags.rounds, "torch": torch.__version__}
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(text_table(rows))
+    if flags.out:
+        write_json(make_folder(flags.out) / "profile.json", {**about, "rows": rows})
 
 
 def text_table(rows):
-    """Rows of cells -> a Markdown table with aligned columns, the first row as head."""
-    widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
-    lines = ["| " + " | ".join(str(cell).ljust(w) if c == 0 else str(cell).rjust(w) for c, (cell, w) in enumerate(zip(row, widths))) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    """Dicts with the same keys -> a Markdown table with aligned columns; numbers with four digits."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells)]
+    lines = [list(rows[0]), ["-" * width for width in widths], *cells]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------ table and compare
+# ------------------------------------------------------------------------------------------ table
 
 
-def table(opts, world):
-    """The table action: train every row over the seeds, then print name, paper, ours mean and sd (n), seconds -> results.md, a JSON a row."""
-    tables = METHODS[opts.method].TABLES
-    if not opts.table:
-        print(f"tables of {opts.method} (choose with --table):\n" + "\n".join(f"  {key:12} {t.title} [{t.data}, {t.metric}, {len(t.rows)} rows]" for key, t in tables.items()))
+class Refused(Exception):
+    """What the user has to decide before a table can go on."""
+
+
+@dataclass
+class Row:
+    """A row of a table, on the data at hand."""
+
+    method: str
+    key: str  # its name in file names and for --rows
+    label: str
+    paper: tuple  # the paper's value for each metric, or None
+    recipe: common.Recipe  # what it trains with
+    evaluation: dict  # what its evaluation changes
+    start: str | None  # key of the row whose run gives the first weights
+    home: str  # its folder: that of the first row with the same training
+
+
+def key_of(name):
+    """A row's name in file names and for --rows."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def rows_of(method, flags, base):
+    """Rows of a table; on other data than its own only the method's switches vary, and not the backbone."""
+    table, rows = METHODS[method].TABLES[flags.table], []
+    switches = {f.name for f in dataclasses.fields(base) if f.metadata["group"] == "method"} - {"backbone"}
+    weights = {key_of(name): path for name, _, path in (pair.rpartition("=") for pair in flags.row_weights)}
+    for name, overrides, paper in table.rows:
+        key, (training, evaluation, start) = key_of(name), common.split_row(overrides)
+        backbone = getattr(replace(METHODS[method].RECIPES[table.data], **training), "backbone", None)
+        if table.data != flags.data:
+            training = {field: value for field, value in training.items() if field in switches}
+        recipe = replace(base, **training | {"weights": weights.get(key, training.get("weights", base.weights))})
+        label, ours = name if flags.method else f"{method}: {name}", getattr(recipe, "backbone", None)
+        if ours != backbone:
+            label += f" ({ours})"
+        if ours != backbone or table.data != flags.data:
+            paper = None
+        home = next((row.home for row in rows if (row.recipe, row.start) == (recipe, start)), f"{method}-{key}")
+        paper = paper if isinstance(paper, tuple) else (paper,)
+        rows.append(Row(method, key, label, paper, recipe, evaluation, start, home))
+    return rows
+
+
+def table(flags, recipes, world):
+    """The table action: every row over the seeds, beside the paper -> results.md, results.json, a JSON a row."""
+    recipe, names = recipes[0][1], [flags.method] if flags.method else [*METHODS]
+    names = [name for name in names if flags.method or flags.data in METHODS[name].RECIPES]
+    tables = METHODS[names[0]].TABLES
+    if not flags.table:
+        print("\n".join(f"  {key:12} {one.title} [{one.data}, {one.metric}]" for key, one in tables.items()))
         return
-    if opts.table not in tables:
-        raise ValueError(f"{opts.method} has no table {opts.table!r}; it has: {', '.join(tables)}")
-    chosen, folder = tables[opts.table], Path(opts.out or f"runs/table-{opts.method}-{opts.table}-{opts.data}")
-    return run_rows(opts, world, folder, f"{opts.method}, table {opts.table}: {chosen.title}", chosen.metric, [(opts.method, *row) for row in chosen.rows])
-
-
-def compare(opts, world):
-    """The compare action: every method's `baseline` table on the same data, with pointing, parameters, MACs and ms/image."""
-    able = {method: module for method, module in METHODS.items() if opts.data in module.RECIPES}
-    if not able or opts.data in ("market1501", "dukemtmc", "msmt17", "veri776"):
-        raise ValueError(f"--data {opts.data}: no two methods have recipes for it to compare; try toy, folder or cub")
-    rows = [(method, *row) for method, module in able.items() for row in module.TABLES["baseline"].rows]
-    return run_rows(opts, world, Path(opts.out or f"runs/compare-{opts.data}"), f"methods and their plain baselines on {opts.data}", "top1", rows)
-
-
-def run_rows(opts, world, folder, title, metric, rows):
-    """Train (method, name, overrides, paper) rows over seeds, each in its folder, and tabulate. What is finished is not run again."""
-    if not opts.seeds.replace(",", "").isdigit():
-        raise ValueError(f"--seeds {opts.seeds}: give whole numbers with commas, like 0,1,2")
-    seeds = [int(s) for s in opts.seeds.split(",") if s]
-    if opts.data != "toy" and not Path(opts.root or "nowhere").is_dir():
-        data.load(opts.data, opts.root, common.Recipe())  # says what is wrong with --root, once for all rows
-    lines, done, homes, lead = [], {}, {}, world.rank == 0
-    for method, name, overrides, paper in rows:
-        one = copy.copy(opts)
-        base = METHODS[method].RECIPES[opts.data] if opts.recipe is None else opts.recipe
-        if opts.data == "toy":  # the toy keeps its own input, training settings and small backbone: only the method's switches vary
-            own = {f.name for f in dataclasses.fields(base) if f.metadata["group"] == "method"} - {"backbone"}
-            overrides = {k: v for k, v in overrides.items() if k in own | {"eval"}}
-        overrides, change = common.split_row(overrides)
-        one.method, one.recipe, one.recipe_name = method, dataclasses.replace(base, **overrides), opts.recipe_name or opts.data
-        key, training = (method, json.dumps([overrides, change], sort_keys=True)), (method, json.dumps(overrides, sort_keys=True))
-        if key in done:
-            lines.append((method, name, paper, None, f"as row {done[key]} on {opts.data}"))
-            continue
-        slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-        done[key], results = name, []
-        home = homes.setdefault(training, slug)  # the first row with this training names its folders
-        for seed in seeds:
-            one.seed, one.out, one.resume = seed, str(folder / f"{method}-{home}-seed{seed}"), None
-            check_row(one)
-            try:
-                result = finish_row(one, world, change)
-            except ValueError as error:  # a row that this data cannot have is said in the table; the others go on
-                results, problem = [], str(error)
-                break
-            if not isinstance(result, dict):
-                return result  # stopped: the exit status
-            results.append(result)
-        lines.append((method, name, paper, results, "" if results else problem))
-        if lead:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f"{method}-{slug}.json", {
-                "table": title, "row": name, "method": method, "overrides": overrides, "eval": change, "data": opts.data, "paper": paper, "metric": metric, "seeds": seeds,
-                "results": results, "problem": "" if results else problem, "command": opts.command, "device": device_name(world)})
-    if not lead:
-        return
-    head = ["row", "paper", f"ours (last epoch, {opts.data})", "seconds", "pointing at signature parts", "object box IoU", "M parameters", "GMACs", "ms/image"]
-    cells, kept = [head], []
-    for method, name, paper, results, remark in lines:
-        label = f"{method}: {name}" if opts.action == "compare" else name
-        shown = "-" if paper is None else f"{paper:g}"
-        if not results:
-            cells.append([label, shown, remark] + ["-"] * (len(head) - 3))
-            continue
-        values = {"ours": [metric_of(r, metric) for r in results], "seconds": [r["seconds"] for r in results], "pointing": [100 * r["looked"].get("pointing_signature", {}).get("best", math.nan) for r in results],
-                  "iou": [r["looked"].get("object_iou", {}).get("mean", math.nan) for r in results]}
-        cells.append([label, shown, spread(values["ours"], metric), spread(values["seconds"], "s"), spread(values["pointing"]), spread(values["iou"], "iou"),
-                      f"{results[0]['parameters'] / 1e6:.2f}", f"{results[0]['macs'] / 1e9:.3f}", f"{results[0]['ms_per_image']:.1f}"])
-        kept.append({"row": label, "paper": paper, **{k: [round(x, 4) for x in v] for k, v in values.items() if not math.isnan(v[0])}, "parameters": results[0]["parameters"], "macs": results[0]["macs"], "commits": sorted({r["commit"] for r in results}),
-                     "looked": [{k: v for k, v in r["looked"].items() if k not in ("per_class", "confused", "said", "parameters", "macs", "ms_per_image")} for r in results]})
-    keep = [c for c in range(len(head)) if any(row[c] not in ("-", "nan") for row in cells[1:]) or c < 3]
-    about = {"title": title, "command": opts.command, "commit": git_commit(), "device": device_name(world), "seeds": opts.seeds, "date": time.strftime("%Y-%m-%d")}
-    text = "\n".join([title, f"{opts.command}; commit {about['commit']}; {about['device']}; {about['date']}; seeds {opts.seeds}; mean +- sd over seeds, last epoch", "", text_table([[row[c] for c in keep] for row in cells]), ""])
-    (folder / "results.md").write_text(text)
-    write_json(folder / "results.json", {**about, "metric": metric, "rows": kept})
-    print(text + f"written: {folder / 'results.md'}, {folder / 'results.json'}")
-
-
-def check_row(opts):
-    """Refuse a row that was begun with other settings, or finished by another commit."""
-    folder = Path(opts.out)
-    if (folder / "run.json").exists() and recipe_from(METHODS[opts.method], read_run(folder)["recipe"]) != opts.recipe:
-        raise ValueError(f"{folder} was trained with other settings; delete it, or choose another --out")
-    if (folder / "result.json").exists():
-        commit = json.loads((folder / "result.json").read_text())["commit"]
-        if commit != git_commit() and not opts.any_commit:
-            raise ValueError(f"{folder} was made by commit {commit}, this is {git_commit()}; delete it to run it again, or use it as it is with --any-commit")
-
-
-def finish_row(opts, world, change):
-    """One row and seed of a table: read its result, go on with it, or train it; evaluate it with `change` of its recipe -> the result with what eval saw, or an exit status."""
-    folder, key = Path(opts.out), json.dumps(change, sort_keys=True)
-    if (folder / "result.json").exists():
-        result = json.loads((folder / "result.json").read_text())
-    else:
-        if (folder / "run.json").exists():
-            opts.resume = str(folder)
-        result = train(opts, world)
-        if not isinstance(result, dict):
-            return result
-    evaluations = result.setdefault("evaluations", {})
-    if key not in evaluations:
-        opts.run, opts.run_info = [str(folder)], read_run(folder)
-        evaluations[key] = scored(opts, world, dataclasses.replace(opts.recipe, **change), open_run(opts)[1], load_data(opts).test)
+    if flags.table not in tables:
+        raise ValueError(f"no table {flags.table!r} of {names[0]}; it has: {', '.join(tables)}")
+    rows, given = [], {k: v for k, v in vars(recipe).items() if v != getattr(common.Recipe(), k, v)}
+    for name in names:
+        rows += rows_of(name, flags, recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given))
+    keys, chosen = [row.key for row in rows], [key_of(name) for name in flags.rows]
+    unknown = {*chosen, *(key_of(pair.rpartition("=")[0]) for pair in flags.row_weights)} - {*keys}
+    if unknown or not flags.seeds:
+        raise ValueError(f"--rows {', '.join(unknown)}: the rows are {', '.join(keys)}; give one seed at least")
+    load_data(flags, rows[0].recipe)  # says what is wrong with --root, once for all rows
+    title = f"{flags.method or 'all methods'}, table {flags.table}: {tables[flags.table].title}; on {flags.data}"
+    folder = Path(flags.out or f"runs/table-{flags.method or 'all'}-{flags.table}-{flags.data}")
+    about, lines = {"title": title, "command": flags.command, **provenance(world), "seeds": flags.seeds}, []
+    for row in (row for row in rows if not chosen or row.key in chosen):
+        results, problem = [], ""
+        try:
+            for seed in flags.seeds:
+                results.append(finish_row(row, rows, seed, folder, flags, world))
+                if isinstance(results[-1], int):
+                    return results[-1]  # stopped
+        except (ValueError, FileNotFoundError) as error:  # a row that this data cannot have; the others go on
+            results, problem = [], " ".join(str(error).split())
+        lines.append(line_of(row, results, problem, tables[flags.table].metric.split()))
         if world.rank == 0:
-            write_json(folder / "result.json", result)
-    seen = evaluations[key]
-    return result | {"looked": seen} | {k: seen[k] for k in ("parameters", "macs", "ms_per_image")} | (seen["scores"] if change else {})
+            one = {**dataclasses.asdict(row), "problem": problem, "results": results}
+            write_json(make_folder(folder) / f"{row.method}-{row.key}.json", about | one)
+    if world.rank == 0:
+        text = "\n".join([*(f"{name}: {value}" for name, value in about.items()), "", text_table(lines), ""])
+        write_text(folder / "results.md", text)
+        write_json(folder / "results.json", about | {"rows": lines})
+        print(text + f"written: {folder}/results.md, results.json")
 
 
-def metric_of(result, metric):
-    """A result in the unit of its table: % for top1 and mAP, M for params, G for macs."""
-    if metric in ("params", "macs"):
-        return result["parameters"] / 1e6 if metric == "params" else result["macs"] / 1e9
-    return 100 * result[metric] if metric in result else math.nan
+def finish_row(row, rows, seed, folder, flags, world):
+    """One row and seed: its result, read or trained, and how eval saw it; or the exit status of a stop."""
+    home, recipe, module = folder / f"{row.home}-seed{seed}", row.recipe, METHODS[row.method]
+    if row.start:
+        start = next(other for other in rows if (other.method, other.key) == (row.method, key_of(row.start)))
+        status = finish_row(start, rows, seed, folder, flags, world)
+        if isinstance(status, int):
+            return status
+        recipe = replace(recipe, weights=str(folder / f"{start.home}-seed{seed}"))
+    own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(home))
+    begun = (home / "last.pt").exists()
+    if begun and module.Recipe(**values_of(module.Recipe(), read_run(home)["recipe"], home)) != recipe:
+        raise Refused(f"{home} was trained with other settings; delete it, or choose another --out")
+    if not (home / "result.json").exists():
+        trained = train(replace(own, resume=str(home) * begun), [("", recipe)], world)
+        if isinstance(trained, int):
+            return trained
+    result = read_json(home / "result.json", commit=str, seconds=float)
+    if result["commit"] != git_commit() and not flags.any_commit:
+        raise Refused(f"{home} is of commit {result['commit']}, this is {git_commit()}; delete it, or --any-commit")
+    evaluations, key = result.setdefault("evaluations", {}), json.dumps(row.evaluation, sort_keys=True)
+    if key not in evaluations:
+        evaluations[key] = scored(home, replace(recipe, **row.evaluation), own, world)
+        if world.rank == 0:
+            write_json(home / "result.json", result)
+        world.sum(np.zeros(1))  # the others wait
+    return {"seed": seed, "seconds": result["seconds"], "commit": result["commit"], **evaluations[key]}
 
 
-def spread(values, unit=""):
-    """mean +- sd (n) of values; nan when there is nothing."""
-    if any(math.isnan(v) for v in values):
-        return "nan"
-    digits = {"s": 0, "iou": 3, "params": 2, "macs": 3}.get(unit, 1)
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f} ({len(values)})"
+def line_of(row, results, problem, metrics):
+    """A row as it is printed: what the paper has and what we have, mean +- sd (n) over the seeds, in % but for costs."""
+    line = {"row": row.label}
+    for i, metric in enumerate([*metrics, "seconds", "params", "macs", "ms", "pointing", "iou"]):
+        values = [numbers_of(result).get(metric, math.nan) for result in results]
+        ours = f"{statistics.mean(values):.4g}" if values else problem if i == 0 else "-"
+        if len(values) > 1:
+            ours += f" +- {statistics.stdev(values):.2g} ({len(values)})"
+        if i < len(metrics):
+            line[f"{metric}, paper"] = "-" if (paper := row.paper[i % len(row.paper)]) is None else f"{paper:g}"
+        line |= {metric: ours} if metric not in line else {}
+    return line
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+def numbers_of(result):
+    """What a table can show of an evaluation, shares in %."""
+    pointing, iou = result.get("pointing", {}).get("signature", {}), result.get("object_iou", {})
+    shares = {"coverage": result.get("coverage", math.nan), "iou": iou.get("mean", math.nan)}
+    shares |= {"pointing": pointing.get("best", math.nan), **result["scores"], **result.get("scale", {})}
+    numbers = {name: 100 * share for name, share in shares.items() if isinstance(share, float)}
+    return numbers | {name: result[name] for name in ("seconds", "params", "macs", "ms")}
+
+
+# ------------------------------------------------------------------------------------------ the command line
 
 
 def main(argv=None):
-    """Run the command line -> exit status: 0 done, 1 training failed, 2 the user's mistake, 130 / 143 stopped."""
+    """Run the command line -> exit status: 0 done, 1 it failed, 2 the user's mistake, 130 / 143 stopped."""
+    recipe = common.Recipe()
     try:
-        opts = parse(sys.argv[1:] if argv is None else argv)
-        world = start(opts)
-        if world.rank and opts.action in ("predict", "figures", "profile"):
+        flags, recipes = parse(sys.argv[1:] if argv is None else argv)
+        recipe, world = recipes[0][1], start(flags)
+        if world.rank and flags.action in ("predict", "figures", "profile"):
             return 0  # one process does these
-        status = {"train": train, "eval": evaluate_run, "predict": predict, "figures": figures, "profile": profile, "table": table, "compare": compare}[opts.action](opts, world)
+        actions = {"eval": evaluate_run, "predict": predict, "figures": figures, "profile": profile, "table": table}
+        status = actions.get(flags.action, train)(flags, recipes, world)
         return status if isinstance(status, int) else 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, Refused) as error:
         return fail(2, error)
     except (FloatingPointError, OSError) as error:
         return fail(1, error)
-    except KeyboardInterrupt:
-        return fail(130, "stopped at once")
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            r = opts.recipe or common.Recipe()
-            return fail(1, f"out of memory at batch {r.batch_size}; compute it in parts with --accumulate {2 * r.accumulate}, use --amp bf16, or a smaller --batch-size")
+    except KeyboardInterrupt as stop:
+        return fail(*stop.args or (130, "stopped at once"))
+    except (RuntimeError, MemoryError) as error:
+        text = first_line(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            parts = f"--accumulate {2 * recipe.accumulate}, --amp bf16 or a smaller --batch-size"
+            return fail(1, f"out of memory at batch {recipe.batch_size}; try {parts}")
+        if "DataLoader" in str(error) or "shared memory" in str(error):
+            hint = "give fewer --workers, or a larger /dev/shm"
+            return fail(1, f"a process that decodes photos died or went silent; {hint} ({text})")
         if dist.is_initialized():
-            return fail(1, f"this process lost the others: {str(error).splitlines()[0]}")
+            return fail(1, f"this process lost the others: {text}")
         raise
     finally:
         if dist.is_initialized():
@@ -1413,14 +1304,17 @@ def main(argv=None):
 
 
 def fail(status, error):
-    """One line on stderr -> the exit status."""
-    print("train.py: " + " ".join(str(error).split()), file=sys.stderr)
+    """One line on stderr -> the exit status. Of an error in a worker process the last line is the message."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    print("train.py: " + " ".join(text.split()), file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
     status = main()
-    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort an interpreter that is shutting down, after all is done (seen in torch 2.15, with twenty lines of torch alone)
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort an interpreter that is shutting down, after all is done
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
