@@ -710,11 +710,11 @@ def attention_pages(model, images):
     for i, image in enumerate(images):
         picture, zoom = enlarged(image, r.normalize)
         boxes = (zoom * views.boxes[i, 1:]).tolist()
-        whole, *labels = [f"{letter} {number:.2f}" for number in numbers[i]]
+        whole, *labels = [f"{k}: {letter} {number:.2f}" for k, number in enumerate(numbers[i])]
         policies = [common.heat(picture, policy.view(r.grid, r.grid)) for policy in views.policies[i, :1]]
         attended = common.draw_boxes(picture, boxes, labels, width=3)
         shown = [attended, common.to_pil(level_1[i], r.normalize), *policies]
-        captions = ["attended locations", f"level 1, {whole}", *["probability of the cells"] * len(policies)]
+        captions = ["attended locations", f"{whole}, level 1", *["probability of the cells"] * len(policies)]
         pages.append(common.panels(shown + [picture.crop(box) for box in boxes], captions + labels))
     return pages
 

@@ -675,14 +675,14 @@ def test_fig1c_and_fig4_draw_the_crops_and_their_probabilities_or_weights(weight
     pages, views = model.figure(images), model.traverse(images)
     numbers = model.weighting(views.vectors) if weighting else views.reached
     (_, boxes, labels), (shown, captions) = drawn[:2]
-    assert labels == [f"{'w' if weighting else 'p'} {n:.2f}" for n in numbers[0, 1:]]
+    whole, *expected = [f"{k}: {'w' if weighting else 'p'} {n:.2f}" for k, n in enumerate(numbers[0])]
+    assert labels == expected
     assert boxes == (3 * views.boxes[0, 1:]).tolist()  # the picture is three times as large
-    assert captions == ["attended locations", f"level 1, {'w' if weighting else 'p'} {numbers[0, 0]:.2f}",
-                        "probability of the cells", *labels]
+    assert captions == ["attended locations", f"{whole}, level 1", "probability of the cells", *labels]
     assert [s.size for s in shown] == [(384, 384), (32, 32), (384, 384)] + [(96, 96)] * 2 + [(24, 24)] * 2
     assert len(pages) == 2 and len(tiny(hard_attention=False).eval().figure(images)) == 2
     tiny(locations="0").eval().figure(images[:1])
-    assert drawn[-1][1] == ["attended locations", "level 1, p 1.00"]
+    assert drawn[-1][1] == ["attended locations", "0: p 1.00, level 1"]
 
 
 # ---------------------------------------------------------------- recipes, tables, weights, errors
@@ -743,8 +743,8 @@ def test_recipes_hold_the_numbers_of_the_paper_and_of_the_authors_code():
         backbone="bagnet77", width=16, base_resolution=77, grid=5, cell=77 / 224, dropout=0.5,
         batch_norm=(1e-3, 0.01), feature_weighting=False, hard_attention=True, locations="3",
         use_context=True, policy="learned", fixed_cells=(), select="sample", normalize_logits=True,
-        logit_scale=8.0, samples=1, lambda_f=0.1, lambda_c=0.3, lambda_r=0.3, baseline="shared", level_cap=99, contrastive=0.0,
-        contrastive_margin=0.4, contrastive_chunk=16, backbone_lr=1.0, decay_backbone=True)
+        logit_scale=8.0, samples=1, lambda_f=0.1, lambda_c=0.3, lambda_r=0.3, baseline="shared", level_cap=99,
+        contrastive=0.0, contrastive_margin=0.4, contrastive_chunk=16, backbone_lr=1.0, decay_backbone=True)
     expected = {
         "toy": TOY,
         "folder": TOY | dict(image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), width=32,
