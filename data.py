@@ -459,15 +459,13 @@ def load_official(name, base, recipe):
         if not (splits.train and splits.test):
             raise ValueError("there are no training or no test photos")
     except Exception as error:  # of text, numbers, JSON, XML, MATLAB files
-        why = error if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}"
-        wrong = f"{base} is damaged or not the official release"
-        raise ValueError(f"--data {name}: {wrong}: {why}; {AGAIN}") from None
-    found = len(splits.classes), len(splits.train), len(splits.test)
-    published = SETS[name][2:5]
+        wrong = f"{base} is damaged or not the official release: {error or type(error).__name__}"
+        raise ValueError(f"--data {name}: {wrong}; {AGAIN}") from None
+    found, published = (len(splits.classes), len(splits.train), len(splits.test)), SETS[name][2:5]
     full = any(n >= 0.9 * m > 0 for n, m in zip(found[1:], published[1:]))
     if full and found != published and recipe.train_split == "trainval":
         off = f"classes, training and test images are {found}, not {published} as published"
-        splits.note = "; ".join(filter(None, [splits.note, off]))
+        splits.note = f"{splits.note}; {off}".strip("; ")
     return splits
 
 
@@ -482,7 +480,7 @@ def hold_out(split, fraction):
     for members in of_class.values():
         members.sort(key=lambda i: hashlib.sha256(os.path.basename(split.paths[i]).encode()).digest())
         held.update(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
-    return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
+    return split.take(sorted(set(range(len(split))) - held)), split.take(sorted(held))
 
 
 def look_through(splits, skip_bad):
@@ -507,6 +505,8 @@ def fault(path):
         return ""
     except FileNotFoundError:
         return "a link that leads nowhere"
+    except ValueError as error:  # of header
+        return str(error)
     except Exception:  # Pillow raises a dozen kinds
         return "no photo" if os.path.getsize(path) else "empty"
 
@@ -637,7 +637,6 @@ SETS = {
 }
 
 
-
 def find(name, root):
     """The folder of an official set: root, or the official folder in it."""
     source = SETS[name]
@@ -649,16 +648,12 @@ def find(name, root):
     ]
     lost, _, base = min(tried, key=lambda t: len(t[0]) / t[1])  # the first that lacks the smallest share
     if lost:
-        raise FileNotFoundError(f"--data {name}: {base} lacks {', '.join(lost)}; {how_to_get(name, root)}")
+        advice = source.source
+        if isinstance(advice, list):
+            advice = f"add --download, or get it from {' '.join(url for url, _ in advice)}"
+        advice += f" and unpack it into {root}, as {source.folders.split()[0]}"
+        raise FileNotFoundError(f"--data {name}: {base} lacks {', '.join(lost)}; {advice}")
     return base
-
-
-def how_to_get(name, root):
-    """Where an official set comes from, and where to put it."""
-    source = SETS[name].source
-    if isinstance(source, list):
-        source = f"add --download, or get it from {' '.join(url for url, _ in source)}"
-    return f"{source} and unpack it into {root}, as {SETS[name].folders.split()[0]}"
 
 
 @contextlib.contextmanager
@@ -769,8 +764,8 @@ def splits_of(rows, keys, classes, note="", first=0, **more):
         held = [row for which, *row in rows if which == side]
         if held:
             paths, labels, *truth = zip(*held)
-            truth = [np.array(values, np.float32) - np.float32([first, first, 0, 0]) for values in truth]
-            return Split(list(paths), [keys.index(key) for key in labels], *truth, **more)
+            boxes = (np.array(values, np.float32) - np.float32([first, first, 0, 0]) for values in truth)
+            return Split(list(paths), [keys.index(key) for key in labels], *boxes, **more)
 
     return Splits(split("train"), split("test"), classes, split("val"), note)
 
@@ -823,7 +818,7 @@ def bird_parts(base, ids, boxes):
             if visible == "1":
                 points[image, part] = four((x, y, x, y))
     names = Lines(base / "parts/parts.txt")
-    order = sorted(names, key=int)
+    order = sorted(names, key=lambda part: (len(part), part))
     unseen = [np.nan] * 4
     centre = np.array([[points.get((image, part), unseen) for part in order] for image in ids], np.float32)
     reach = np.maximum(1, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1))
@@ -849,12 +844,13 @@ def load_cars(base, recipe):
 
 def load_aircraft(base, recipe):
     """FGVC-Aircraft 2013b, 100 variants in the order of variants.txt."""
-    classes = (base / "variants.txt").read_text().splitlines()
+    classes = list(Lines(base / "variants.txt", separator="\n"))
     boxes, rows = Lines(base / "images_box.txt", four_of_text), []
     for side, name in (("train", "train"), (val_side(recipe), "val"), ("test", "test")):
-        for image, variant in Lines(base / f"images_variant_{name}.txt").items():
+        for image, variant in Lines(base / f"images_variant_{name}.txt", classes.index).items():
             rows.append((side, f"{base}/images/{image}.jpg", variant, boxes[image]))
-    return splits_of(sorted(rows), classes, classes, first=1, banner=20 * recipe.crop_banner)
+    banner = 20 * recipe.crop_banner
+    return splits_of(sorted(rows), range(len(classes)), classes, first=1, banner=banner)
 
 
 def load_flowers(base, recipe):
@@ -921,7 +917,7 @@ def load_fmow(base, recipe):
         (side, photo, photo.parts[-3], photo.with_suffix(".json"))
         for side in ("train", "val") for photo in base.glob(f"{side}/*/*/*_rgb.jpg")
     ]
-    truth = base / "groundtruth" if (base / "groundtruth").exists() else base
+    truth = base if (base / "test_gt_mapping.json").exists() else base / "groundtruth"
     mapping = truth / "test_gt_mapping.json"
     if mapping.exists():
         with reading(mapping) as content:
@@ -1172,7 +1168,7 @@ EYE = np.array([12.0, 10.0, 10.0])
 
 def hsv(h, s, v):
     """Hue in turns, saturation and value in [0, 1] -> RGB array in 0..255."""
-    return np.array(colorsys.hsv_to_rgb(h % 1, *np.clip((s, v), 0, 1))) * 255
+    return np.array(colorsys.hsv_to_rgb(h % 1, *(min(max(x, 0), 1) for x in (s, v)))) * 255
 
 
 def mix(a, b, share):
@@ -1215,6 +1211,7 @@ def background(rng, preset, colours, length, side):
     u, base = rng.uniform, hsv(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.9))
     grid = base + rng.normal(0, 28, (5, 5, 1)) + rng.normal(0, 14, (5, 5, 3))
     image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((side, side), FILTERS["bicubic"])
+    draw = ImageDraw.Draw(image)
     for _ in range(preset.clutter):
         hue = rng.random() if rng.random() < 0.4 else u(0.08, 0.4)
         colour, at, angle = hsv(hue, u(0.1, 0.6), u(0.2, 0.85)), rng.random(2), u(0, math.pi)
@@ -1222,18 +1219,18 @@ def background(rng, preset, colours, length, side):
             shape = outlines("-1 -1 1 -1 1 1 -1 1")[0] * (u(0.1, 0.45), u(0.004, 0.015))
         else:  # a leaf
             shape = ellipse(10, 0, 0, u(0.03, 0.12), u(0.015, 0.05))
-        paint(image, (turn(shape, angle) + at) * side, colour)
+        paint(draw, (turn(shape, angle) + at) * side, colour)
     for _ in range(preset.blobs):
         at, angle, scale = rng.random(2), u(0, 6.3), length * u(0.7, 1.3)
         colour = colours[("pale", "dark", "beak")[rng.integers(3)]]
         for shape, own in zip(outlines(BLOBS[rng.integers(4)]), (colour, EYE)):
-            paint(image, (turn(shape, angle) * scale + at) * side, own)
+            paint(draw, (turn(shape, angle) * scale + at) * side, own)
     return image
 
 
-def paint(image, points, colour):
+def paint(draw, points, colour):
     """Fill a polygon (n, 2) with a colour."""
-    ImageDraw.Draw(image).polygon(points.ravel().tolist(), tuple(map(int, colour)))
+    draw.polygon(points.ravel().tolist(), tuple(map(int, colour)))
 
 
 def draw_bird(name, split, index, size, values=None):
@@ -1291,8 +1288,9 @@ def draw_bird(name, split, index, size, values=None):
     # drawn larger and averaged, then lit: gain, cast, a linear gradient, grain
     fine = 3 if size <= 80 else 2
     image = background(scene, preset, colours, length, size * fine)
+    draw = ImageDraw.Draw(image)
     for points, colour in layers:
-        paint(image, (points * length + shift) * (size * fine), colour)
+        paint(draw, (points * length + shift) * (size * fine), colour)
     gain = light.uniform(0.75, 1.2) * (1 + light.normal(0, 0.05, 3))
     slope, ramp = light.normal(0, 0.15, 2), np.linspace(-0.5, 0.5, size)
     shade = 1 + slope[0] * ramp[None, :] + slope[1] * ramp[:, None]
