@@ -77,7 +77,8 @@ def test_every_parameter_gets_a_gradient(name):
 
 @each_method
 def test_the_groups_of_the_optimizer_are_a_partition_of_the_parameters(name):
-    for data, recipe in METHODS[name].RECIPES.items():
+    for data in ("toy", "folder", "cub"):
+        recipe = METHODS[name].RECIPES[data]
         with torch.device("meta"):
             model = METHODS[name].build(dataclasses.replace(recipe, weights="none"), CLASSES)
         groups = METHODS[name].param_groups(model, recipe)
@@ -158,11 +159,11 @@ def test_every_row_of_every_table_is_a_recipe_and_has_a_value_for_each_metric(na
             training, evaluation, start = common.split_row(overrides)
             assert start in names | {None}, (key, row)
             assert paper is None or metrics == (len(paper) if isinstance(paper, tuple) else 1), (key, row)
-            whole = dataclasses.replace(method.RECIPES[table.data], **training | evaluation)
-            models[dataclasses.replace(whole, weights="none")] = (key, row)
-    for recipe, where in models.items():
+            recipe = dataclasses.replace(method.RECIPES[table.data], **training | evaluation)
+            models[recipe.backbone] = dataclasses.replace(recipe, weights="none")  # the last row of each is built
+    for recipe in models.values():
         with torch.device("meta"):
-            assert sum(p.numel() for p in method.build(recipe, 7).parameters()) > 1000, where
+            assert sum(p.numel() for p in method.build(recipe, 7).parameters()) > 1000
 
 
 @each_method
