@@ -1,10 +1,10 @@
 """Multi-stage ViT: Conde & Turgutlu, "Exploring Vision Transformers for Fine-grained Classification",
 CVPR Workshop FGVC8 2021, arXiv 2106.10587.
 
-Idea: a ViT's own attention says where the object is. One shared encoder and head classify (a) the whole photo,
-(b) the object, cropped from the photo at full resolution where the attention rollout of (a) is above its mean,
-and (c) the two object parts with most attention. No part annotation, no extra parameters; boxes carry no
-gradient. Attention can also erase what the model looks at, or zoom in on it, so that training finds more.
+Idea: a ViT's own attention says where the object is. One shared encoder and head classify (a) the photo,
+(b) the object, cut from the photo at full resolution where the attention rollout of (a) is above its mean,
+(c) the two object parts with most attention. No part annotation, no extra parameters; boxes have no gradient.
+Attention can also erase what the model looks at, or zoom in on it, so that training finds more.
 
     Sec. 2     attention map: product of all layers' attention    attention_map (common.cls_rollout)
     Sec. 2.1   threshold, closing, best component's box           object_box, closing, connected_components
@@ -13,36 +13,37 @@ gradient. Attention can also erase what the model looks at, or zoom in on it, so
     Eq. 1      L = L_a + L_b + sum_i L_ci                         joint_loss
     Fig. 2     stages a, b, c                                     MultiStageViT.stages
 
-Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our recipes
-do ("code" in the help of the switches is the authors'):
-    map         paper: attention weights multiplied layer by layer. Code, ours: first the identity of the residual
-                path is added to each layer's weights and rows are made to sum to one ("rollout"). No switch
-    threshold   paper: histogram-based, the mean works well. Code, ours: mean (it has a local Gaussian one, too,
-                which it does not use). --threshold median
-    closing     paper: grayscale, of the binary map. Code, ours: binary with a 3 x 3 cross, which is the same
+Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our
+recipes do ("code" in the help of the switches is the authors'):
+    map         paper: attention weights multiplied layer by layer. Code, ours: first the identity of the
+                residual path is added to each layer's weights, rows then sum to one ("rollout"). No switch
+    threshold   paper: histogram-based, the mean works well. Code, ours: mean (its local Gaussian one is not
+                used and not here). --threshold median
+    closing     paper: grayscale, of the binary map. Code, ours: binary, a 3 x 3 cross, which is the same
     box choice  paper: the component with the largest attention. Code, ours: inside its box, even another
                 component's. --score region
-    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third of the side,
-                128 of 384 pixels. --part-crop 0.2917
+    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third of the
+                side, 128 of 384 pixels. --part-crop 0.2917
     score map   paper: windows are scored on a map 384 pixels wide. Code, ours: 128. No switch
     parts from  paper: "a higher resolution". Code, ours: the object image. --part-source highres
     L_c         paper: sum over the parts. Code, ours: their mean, label smoothing 0.1. --part-reduction sum
-    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only in training
-                with --erase or --attention-crop
+    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only in
+                training with --erase or --attention-crop
     erasing     paper: used. Code, ours: off in the final runs; no better where the notebooks compare. --erase
     cropping    paper: used beside erasing (Fig. 3), without numbers. Code, ours: the object stage is the only
                 crop. --attention-crop 0.5 shows stage a the object alone for half of the photos
-    prediction  neither says how stages are fused, nor whose numbers the tables hold. Ours: mean. --fusion object
-    training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the encoder
-                frozen
-Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random warp
-among the augmentations; the photo is reduced to the encoder's size by an antialiased filter (--full-resize
-nearest is the code's); the fallback box is central in evaluation; a map that is constant up to rounding falls
-back instead of cropping speckle; where windows run out, the last part is repeated; bf16 for the code's fp16.
-Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says, and
-12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled photos,
-and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The test split of
-`--data plant` is a hold-out of our own.
+    prediction  neither says how stages are fused or whose numbers the tables hold. Ours: mean. --fusion full
+    training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the
+                encoder frozen
+Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random
+warp among the augmentations; the photo is reduced to the encoder's size by an antialiased filter
+(--full-resize nearest is the code's); the fallback box is central in evaluation; a map that is constant up to
+rounding falls back instead of cropping speckle; where windows run out, the last part is repeated; bf16 for
+the code's fp16.
+Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says,
+and 12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled
+photos, and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The
+test split of `--data plant` is a hold-out of our own.
 
     python train.py --method vit_fgvc                              # toy birds
     python train.py --method vit_fgvc --data cub --root DIR        # the CUB recipe of the authors
@@ -60,7 +61,7 @@ from torchvision.ops import box_iou
 import common
 from common import Table, by_dataset, opt
 
-# --------------------------------------------------------------------------------------- recipe
+# -------------------------------------------------------------------------------- recipe
 
 share = partial(opt, least=0, most=1)
 
@@ -70,40 +71,39 @@ class Recipe(common.Recipe):
     """Switches of the multi-stage ViT. image_size is the high resolution from which objects are cropped."""
 
     backbone: str = opt("vit_base", "the shared encoder (Sec. 2: ViT-B/16)", tuple(common.VITS))
-    encoder_size: int = opt(384, "pixels of photo, object and part as encoded, squashed (Sec. 3)", least=8, most=8192)
+    encoder_size: int = opt(384, "pixels of each view as encoded, squashed (Sec. 3)", least=8, most=8192)
     full_resize: str = opt(
-        "bilinear", "reduces the photo: bilinear, antialiased (our choice); nearest (code)", ("bilinear", "nearest"))
-    head: str = opt("mlp", "linear, ReLU, linear (Sec. 2); mlp_bn: with BatchNorm (code, Cars)", ("mlp", "mlp_bn"))
+        "bilinear", "of photos: bilinear, antialiased (our choice); nearest (code)", ("bilinear", "nearest"))
+    head: str = opt("mlp", "linear, ReLU, linear (Sec. 2); mlp_bn: code, Cars", ("mlp", "mlp_bn"))
     stages: str = opt("abc", "trained and used: a photo, b object, c parts (Sec. 2)", ("a", "b", "ab", "abc"))
     fusion: str = opt(
-        "mean", "prediction: of one stage, or the mean of all (our choice)", ("full", "object", "parts", "mean"))
+        "mean", "prediction: of one stage, or the mean (our choice)", ("full", "object", "parts", "mean"))
     part_reduction: str = opt("mean", "loss of the parts: mean (code) or sum (Eq. 1)", ("mean", "sum"))
-    head_fusion: str = opt("mean", "joins a layer's heads in the attention map (code: mean)", ("mean", "max", "min"))
-    threshold: str = opt(
-        "mean", "foreground: above the mean (Sec. 2.1) or the median", ("mean", "median"))
-    score: str = opt("bbox", "object: most attention in its bbox (code) or region (Sec. 2.1)", ("bbox", "region"))
+    head_fusion: str = opt("mean", "joins a layer's heads in the map (code: mean)", ("mean", "max", "min"))
+    threshold: str = opt("mean", "foreground: above the mean (Sec. 2.1) or the median", ("mean", "median"))
+    score: str = opt("bbox", "object: most attention in bbox (code) or region (Sec. 2.1)", ("bbox", "region"))
     min_object_area: float = share(64**2 / 448**2, "smallest object, as a share of the photo (code)")
-    fallback: float = opt(384 / 448, "without an object: side of the box, as a share (code)", least=0.1, most=1)
+    fallback: float = opt(384 / 448, "without an object: side of the box, a share (code)", least=0.1, most=1)
     parts: int = opt(2, "number of parts (Sec. 2.2)", least=1, most=99)
     part_crop: float = share(1 / 3, "side of a part, a share of the object's (code; Sec. 2.2: 112 / 384)")
-    part_source: str = opt("object", "parts are cut from the object (code) or the photo (Sec. 3)", ("object", "highres"))
+    part_source: str = opt("object", "parts from object (code); photo (Sec. 3)", ("object", "highres"))
     part_iou: float = share(0.1, "largest IoU of two parts (code)")
     score_pool: str = opt(
-        "avg", "a window's score: average, maximum or generalised mean, p = 3 (Sec. 2.2)", ("avg", "max", "gem"))
+        "avg", "a window's score: average, maximum, generalised mean, p 3 (Sec. 2.2)", ("avg", "max", "gem"))
     stride: int = opt(1, "step between windows, pixels of the score map (Sec. 2.2)", least=1, most=8192)
     erase: bool = opt(False, "training: erase the most attended pixels of photos and objects (Sec. 2.3)")
     erase_prob: float = share(0.5, "erase: probability P for an image (code)")
     erase_threshold: float = share(0.7, "erase: above this share T of the largest attention (code)")
-    attention_crop: float = share(0.0, "training: probability that stage a sees the object alone (Sec. 2.3; code: 0)")
-    phases: tuple[float, ...] = opt((2, 4), "length of each training phase, relative to their sum (code)", least=0.01)
-    head_lr: tuple[float, ...] = opt((3, 1), "peak lr of new norm and head in each phase, times lr (code)", least=0)
-    encoder_lr: tuple[float, ...] = opt((0, 0.02), "peak lr of the encoder likewise; 0: frozen (code)", least=0)
+    attention_crop: float = share(0.0, "training: probability that stage a sees the object alone (Sec. 2.3)")
+    phases: tuple[float, ...] = opt((2, 4), "lengths of the training phases, as ratios (code)", least=0.01)
+    head_lr: tuple[float, ...] = opt((3, 1), "peak lr of norm and head in each phase, x lr (code)", least=0)
+    encoder_lr: tuple[float, ...] = opt((0, 0.02), "the same of the encoder; 0: frozen (code)", least=0)
 
     def __post_init__(self):
         super().__post_init__()
         stage = {"full": "a", "object": "b", "parts": "c"}.get(self.fusion, "")
         if stage not in self.stages:
-            raise ValueError(f"--fusion {self.fusion} needs stage {stage}; --stages {self.stages} leaves it out")
+            raise ValueError(f"--fusion {self.fusion} needs stage {stage}, not in --stages {self.stages}")
         if not len(self.phases) == len(self.head_lr) == len(self.encoder_lr) > 0:
             raise ValueError("--phases, --head-lr and --encoder-lr: give each one value for each phase")
 
@@ -111,16 +111,16 @@ class Recipe(common.Recipe):
 CUB = Recipe(
     image_size=(448, 448), resize=(512, 512), crop="resized", crop_area=(0.75, 1.0),
     rotate=10, zoom=(1.0, 1.1), affine_prob=0.75, brightness=0.2, contrast=0.2, jitter_prob=0.75,
-    batch_size=20, epochs=10, optimizer="radam", lr=1e-3, momentum=0.95, beta2=0.99, eps=1e-6, weight_decay=0.01,
-    schedule="onecycle", label_smoothing=0.1, weights="default",
-    phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),  # epochs: the head alone, all, all gently
+    batch_size=20, epochs=10, optimizer="radam", lr=1e-3, momentum=0.95, beta2=0.99, eps=1e-6,
+    weight_decay=0.01, schedule="onecycle", label_smoothing=0.1, weights="default",
+    phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),  # the head alone, all, all gently
 )
 RECIPES = {
     "cub": CUB,
     "dogs": replace(CUB, batch_size=16, epochs=6, phases=(2, 4), head_lr=(3, 1), encoder_lr=(0, 0.02)),
     "cars": replace(  # never completed by the authors
-        CUB, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), batch_size=16, epochs=56, lr=1e-2,
-        head="mlp_bn", min_object_area=73**2 / 512**2, fallback=384 / 512, part_crop=170 / 384,
+        CUB, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), batch_size=16, epochs=56,
+        lr=1e-2, head="mlp_bn", min_object_area=73**2 / 512**2, fallback=384 / 512, part_crop=170 / 384,
         phases=(24, 32), head_lr=(1, 0.33), encoder_lr=(0, 0.0033),
     ),
     "aircraft": replace(  # not in the paper; from the authors' notebooks
@@ -131,9 +131,9 @@ RECIPES = {
     "plant": CUB,  # not the set of Table 1 (see above); the authors give no recipe
     "folder": CUB,
     "toy": Recipe(
-        image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), toy_preset="birds-small",
-        backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, weight_decay=0.05, amp="off",
-        schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,),
+        image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0),
+        toy_preset="birds-small", backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, amp="off",
+        weight_decay=0.05, schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,),
     ),
 }
 PLAIN = {"stages": "a"}  # the full photo alone: a ViT
@@ -143,21 +143,22 @@ TABLES = {
         ("a, b", {"stages": "ab"}, None),
         ("a, b, c", {}, None),
     )),
-    "2": Table("Table 2: Stanford Dogs (photos of ImageNet: pretrained weights have seen them)", "dogs", "top1", (
+    "2": Table("Table 2: Stanford Dogs (pretrained weights have seen these photos)", "dogs", "top1", (
         ("ViT-B/16", PLAIN, 91.7),
         ("multi-stage", {}, 93.2),
     )),
-    **by_dataset("3", "Table 3 (its ResNet-101, 83.5 and 91.2, is not ours)", {"cub": "top1", "cars": "top1"}, (
+    **by_dataset("3", "Table 3 (not ours: ResNet-101 83.5, 91.2)", {"cub": "top1", "cars": "top1"}, (
         ("ViT-B/16", PLAIN, 89.4, 92.8),
         ("multi-stage", {}, 91.0, 94.3),
     )),
     "4": Table(
-        "Table 4, not reproducible as printed: ViT 91.7, multi-stage 92.4; not ours: ResNet-50 89.2, EfficientNet-B0 "
-        "90.1, B2 90.4; its set is iCassava 2019, its test photos have no labels", "plant", "top1", (
+        "Table 4, not reproducible as printed: ViT 91.7, multi-stage 92.4 (not ours: ResNet-50 89.2, "
+        "EfficientNet-B0 90.1, B2 90.4); its set is iCassava 2019, its test photos have no labels",
+        "plant", "top1", (
             ("ViT-B/16", PLAIN, None),
             ("multi-stage", {}, None),
         )),
-    "ablation": Table("The notebooks' eight runs on Dogs; logged numbers where a run was finished", "dogs", "top1", (
+    "ablation": Table("The notebooks' eight runs on Dogs; numbers of the finished ones", "dogs", "top1", (
         ("full", PLAIN, 93.07),
         ("full, erasing", {"stages": "a", "erase": True}, 92.70),
         ("object", {"stages": "b"}, 90.40),
@@ -167,7 +168,7 @@ TABLES = {
         ("full + object + parts", {}, None),
         ("full + object + parts, erasing", {"erase": True}, None),
     )),
-    "text": Table("What Sec. 2.1 to 2.3 name without numbers, and where paper and code differ", "cub", "top1", (
+    "text": Table("Choices of Sec. 2.1 to 2.3 without numbers; paper against code", "cub", "top1", (
         ("as the code", {}, None),
         ("threshold: median", {"threshold": "median"}, None),
         ("object by region", {"score": "region"}, None),
@@ -185,13 +186,13 @@ TABLES = {
 }
 TABLES["baseline"] = TABLES["3"]
 
-# --------------------------------------------------------------------------------------- Sec. 2, 2.1: the object
+# -------------------------------------------------------------------------------- Sec. 2, 2.1: the object
 
 
 def attention_map(layers, grid, fusion="mean"):
-    """Rollout of the class token over the patches (Sec. 2): (q, k) per layer, first layer first -> (B, gh, gw).
+    """Rollout of the class token over the patches (Sec. 2): (q, k) of each layer, in order -> (B, gh, gw).
 
-    Detached, maximum 1; all zeros if no patch is attended to. Each layer's attention counts half, the other half
+    Detached, maximum 1; all zeros if no patch is attended to. A layer's attention counts half, the other half
     is the identity of its residual path, which the paper does not mention.
     """
     row = common.cls_rollout(layers, fusion)[:, 1:]  # (B, gh * gw)
@@ -204,7 +205,7 @@ def resize(maps, size):
 
 
 def closing(mask):
-    """Binary closing with a 3 x 3 cross (Sec. 2.1): gaps of one or two pixels close. (B, H, W) bool -> the same."""
+    """Binary closing with a 3 x 3 cross (Sec. 2.1): closes gaps of 1 or 2 pixels. (B, H, W) -> the same."""
 
     def grow(mask):  # by the pixels above, below, left and right
         m = F.pad(mask, (1, 1, 1, 1))
@@ -214,7 +215,7 @@ def closing(mask):
 
 
 def connected_components(mask):
-    """8-connected components: (B, H, W) bool -> labels, 0 background, 1, 2, ... in scan order, through a batch.
+    """8-connected components: (B, H, W) bool -> labels, 0 outside, 1, 2, ... in scan order through the batch.
 
     A run is a stretch of foreground in a row, from `first` to before `end`. Two runs that touch and differ in
     number hand the smaller one on to the run that the larger one names, until all that touch agree.
@@ -224,7 +225,7 @@ def connected_components(mask):
     first, end = (flat[1:] != flat[:-1]).nonzero().view(-1, 2).T.contiguous()  # (R,) each
     runs = number = torch.arange(len(first), device=mask.device)
 
-    # a run of the next row touches, also by a corner, if it ends not before `first` and begins not behind `end`
+    # runs of the next row that touch, also by a corner: they end not before `first`, begin not behind `end`
     low, high = torch.searchsorted(end, first + row), torch.searchsorted(first, end + row, right=True)
     upper = runs.repeat_interleave(high - low)  # (E,) all pairs of runs that touch
     lower = torch.arange(len(upper), device=mask.device) + (high - (high - low).cumsum(0))[upper]
@@ -238,11 +239,11 @@ def connected_components(mask):
 
 @torch.compiler.disable  # numbers of components are data: nothing to compile
 def object_box(maps, recipe, random=False):
-    """Box of the object in attention maps (Sec. 2.1): (B, H, W) -> (B, 4) xyxy, half-open, in pixels of the map.
+    """Box of the object in attention maps (Sec. 2.1): (B, H, W) -> (B, 4) xyxy, half-open, pixels of the map.
 
-    The map is thresholded and closed. Of the connected components that are large enough the one with the largest
-    attention, inside its box (score bbox) or itself (region), is the object; of equals the first in scan order.
-    Without any the box is a share of each side, in the centre or at a random place.
+    The map is thresholded and closed. Of the connected components that are large enough the one with the
+    largest attention, inside its box (score bbox) or itself (region), is the object; of equals the first in
+    scan order. Without any the box is a share of each side, in the centre or at a random place.
     """
     r, (B, H, W) = recipe, maps.shape
     h, w = round(r.fallback * H), round(r.fallback * W)
@@ -250,8 +251,8 @@ def object_box(maps, recipe, random=False):
     y, x = (place * torch.tensor([H - h, W - w])).long().T
     boxes = torch.stack([x, y, x + w, y + h], 1).to(maps.device)
 
-    level = {"mean": maps.mean((1, 2)), "median": maps.flatten(1).median(1).values}[r.threshold]
-    foreground = maps - level[:, None, None] > 1e-5 * maps.amax((1, 2), keepdim=True)  # constant maps have none
+    level = maps.mean((1, 2)) if r.threshold == "mean" else maps.flatten(1).median(1).values
+    foreground = maps - level[:, None, None] > 1e-5 * maps.amax((1, 2), keepdim=True)  # not of a constant map
     labels, smallest = connected_components(closing(foreground)), max(1, round(r.min_object_area * H * W))
     for image, (attention, label) in enumerate(zip(maps, labels)):
         largest = 0.0
@@ -265,22 +266,22 @@ def object_box(maps, recipe, random=False):
     return boxes
 
 
-# --------------------------------------------------------------------------------------- Sec. 2.2: its parts
+# -------------------------------------------------------------------------------- Sec. 2.2: its parts
 
 
 @torch.compiler.disable
 def part_boxes(maps, recipe):
     """The windows with most attention that hardly overlap (Sec. 2.2): (B, s, s) -> (B, P, 4) xyxy, half-open.
 
-    Boxes are in pixels of the object image, all of the same size, best first. IoU is that of the windows on the map
-    and counts the pixel behind the last (areas "+1", code), so windows that touch overlap. If fewer windows than
-    parts fit, the last is repeated.
+    Boxes are in pixels of the object image, all of one size, best first. IoU is that of the windows on the
+    map and counts the pixel behind the last (areas "+1", code), so windows that touch overlap. If fewer
+    windows than parts fit, the last is repeated.
     """
     r, side, size = recipe, maps.shape[2], recipe.encoder_size
     crop = max(1, round(r.part_crop * size))
     kernel = max(1, crop * side // size)
     pooling = F.max_pool2d if r.score_pool == "max" else F.avg_pool2d
-    scores = pooling(maps**3 if r.score_pool == "gem" else maps, kernel, r.stride)  # a root would change no order
+    scores = pooling(maps**3 if r.score_pool == "gem" else maps, kernel, r.stride)  # no root: same order
     steps = torch.arange(scores.shape[2], device=maps.device) * r.stride
     corners = torch.cartesian_prod(steps, steps).flip(1)  # (n, 2) x, y, row by row
     windows = torch.cat([corners, corners + kernel + 1], 1)
@@ -298,35 +299,35 @@ def part_boxes(maps, recipe):
 
 
 def crop(images, boxes, size):
-    """Cut boxes (B, P, 4), xyxy and half-open, out of images (B, c, H, W) and resize them, corners on corners.
+    """Cut boxes (B, P, 4), xyxy and half-open, out of images (B, c, H, W), resized with corners on corners.
 
     -> (B, P, c, size, size)
     """
     H, W = images.shape[2:]
     low, high = boxes[..., None].float().split(2, 2)  # (B, P, 2, 1)
-    points = low + torch.linspace(0, 1, size, device=images.device) * (high - 1 - low)  # (B, P, 2, size) pixels
-    x, y = (2 * points / points.new_tensor([[W - 1], [H - 1]]).clamp(min=1) - 1).unbind(2)  # from -1 to 1
+    points = low + torch.linspace(0, 1, size, device=images.device) * (high - 1 - low)  # (B, P, 2, size)
+    x, y = (2 * points / points.new_tensor([[W - 1], [H - 1]]) - 1).unbind(2)  # from -1 to 1
     grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), 4).flatten(1, 2).to(images.dtype)
     views = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # one under the other
     return views.unflatten(2, (-1, size)).transpose(1, 2)
 
 
-# --------------------------------------------------------------------------------------- Sec. 2.3, Eq. 1
+# -------------------------------------------------------------------------------- Sec. 2.3, Eq. 1
 
 
 def erase(images, maps, recipe):
-    """Erase what is attended (Sec. 2.3): with probability P, pixels of an image (B, 1, 3, H, W) with more attention
-    (B, H, W) than the threshold T become 0, the mean colour."""
+    """Erase what is attended (Sec. 2.3): with probability P, pixels of an image (B, 1, 3, H, W) with more
+    attention (B, H, W) than the threshold T become 0, the mean colour."""
     coin = torch.rand(len(images), 1, 1, device=images.device) < recipe.erase_prob
     return images.masked_fill((coin & (maps > recipe.erase_threshold))[:, None, None], 0.0)
 
 
 def joint_loss(logits, targets, recipe):
-    """Eq. 1 over the stages present: {name: (B, P, K)}, P views of each image, and (B,) -> (loss, its terms)."""
+    """Eq. 1 over the stages present: {name: (B, P, K)}, P views of each image, (B,) -> (loss, terms)."""
     terms = {}
     for name, stage in logits.items():
-        smoothing = recipe.label_smoothing
-        losses = [F.cross_entropy(view.float(), targets, label_smoothing=smoothing) for view in stage.unbind(1)]
+        views, smoothing = stage.float().unbind(1), recipe.label_smoothing
+        losses = [F.cross_entropy(view, targets, label_smoothing=smoothing) for view in views]
         terms[name] = sum(losses) / (1 if recipe.part_reduction == "sum" else len(losses))
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
@@ -334,22 +335,22 @@ def joint_loss(logits, targets, recipe):
 def fuse(logits, fusion):
     """The stages' logits {name: (B, P, K)} -> (B, K): those of one stage, or the mean of the stages."""
     stages = {name: stage.mean(1) for name, stage in logits.items()}
-    return stages[fusion] if fusion in stages else torch.stack(list(stages.values())).mean(0)
+    return stages[fusion] if fusion in stages else sum(stages.values()) / len(stages)
 
 
-# --------------------------------------------------------------------------------------- Fig. 2: the model
+# -------------------------------------------------------------------------------- Fig. 2: the model
 
 SCORE_MAP = 3  # windows are scored on a map this many times smaller than the object image: 128 of 384 (code)
 
 
 class MultiStageViT(nn.Module):
-    """One encoder, new norm and head for photo, object and parts (Fig. 2). Images may have any size and aspect."""
+    """One encoder, norm and head for photo, object and parts (Fig. 2). Photos may have any size and shape."""
 
     def __init__(self, recipe, num_classes):
         super().__init__()
         self.recipe, self.size = recipe, recipe.encoder_size
         self.encoder = common.vit(recipe.backbone, self.size, drop_path=recipe.drop_path)
-        self.encoder.norm = nn.Identity()  # a new one instead, which trains while the encoder is frozen (code)
+        self.encoder.norm = nn.Identity()  # a new one trains while the encoder is frozen (code)
         dim, plain = self.encoder.cls_token.shape[-1], recipe.head == "mlp"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         first, last = nn.Linear(dim, dim, bias=plain), nn.Linear(dim, num_classes, bias=plain)
@@ -358,9 +359,10 @@ class MultiStageViT(nn.Module):
         self.head = nn.Sequential(*layers)
 
     def encode(self, views, attend=False):
-        """P views of each image (B, P, 3, S, S) -> logits (B, P, K) and, if `attend`, maps (B * P, gh, gw)."""
+        """P views of each image (B, P, 3, S, S) -> logits (B, P, K), maps (B * P, gh, gw) if `attend`."""
         layers = []
-        tokens = self.encoder.features(views.flatten(0, 1), (lambda *qk: layers.append(qk)) if attend else None)
+        visit = (lambda q, k: layers.append((q, k))) if attend else None
+        tokens = self.encoder.features(views.flatten(0, 1), visit)  # (B * P, N, C)
         logits = self.head(self.norm(tokens[:, 0])).unflatten(0, views.shape[:2])
         return logits, attention_map(layers, self.encoder.grid, self.recipe.head_fusion) if attend else None
 
@@ -368,11 +370,11 @@ class MultiStageViT(nn.Module):
     def attention(self, views):
         """A pass for the attention map alone: (B, 1, 3, S, S) -> (B, gh, gw)."""
         _, maps = self.encode(views, attend=True)
-        torch.clear_autocast_cache()  # it would hand the weights cast here, without their graph, to the next pass
+        torch.clear_autocast_cache()  # the next pass would get weights cast here, without a graph
         return maps
 
     def augment(self, images, small, maps):
-        """Attention-based augmentations (Sec. 2.3) of photos (B, 3, H, W), reduced to (B, 1, 3, S, S), by maps."""
+        """Attention-based augmentations (Sec. 2.3) of photos (B, 3, H, W), small (B, 1, 3, S, S), by maps."""
         if self.recipe.erase:
             small = erase(small, resize(maps, self.size), self.recipe)
         if self.recipe.attention_crop:
@@ -383,8 +385,8 @@ class MultiStageViT(nn.Module):
     def see_photo(self, images, attend):
         """Stage a: (B, 3, H, W) -> {"full": logits (B, 1, K)} if it is used, maps (B, gh, gw) if `attend`."""
         r = self.recipe
-        how = {"mode": r.full_resize, "antialias": r.full_resize == "bilinear"}
-        small = F.interpolate(images, (self.size, self.size), **how)[:, None]
+        size, smooth = (self.size, self.size), r.full_resize == "bilinear"
+        small = F.interpolate(images, size, mode=r.full_resize, antialias=smooth)[:, None]
         if "a" not in r.stages:
             return {}, self.attention(small)
         if self.training and (r.erase or r.attention_crop):
@@ -395,43 +397,41 @@ class MultiStageViT(nn.Module):
         return {"full": logits}, maps
 
     def find_object(self, images, maps):
-        """Stage b: photos (B, 3, H, W) and maps (B, gh, gw) -> maps (B, H, W), boxes (B, 1, 4) of the object in the
-        photo, the object (B, 1, 3, S, S) and its map (B, S, S)."""
+        """Stage b: the object in photos (B, 3, H, W) by their maps (B, gh, gw) -> see `stages`."""
         maps = resize(maps, images.shape[2:])
-        boxes = object_box(maps, self.recipe, self.training)[:, None]
-        view, object_map = crop(images, boxes, self.size), crop(maps[:, None], boxes, self.size)[:, 0, 0]
+        box = object_box(maps, self.recipe, self.training)[:, None]
+        view, object_map = crop(images, box, self.size), crop(maps[:, None], box, self.size)[:, 0, 0]
         if self.training and self.recipe.erase:
             view = erase(view, object_map, self.recipe)
-        return maps, boxes, view, object_map
+        return maps, box, view, object_map
 
-    def find_parts(self, images, boxes, view, object_map):
-        """Stage c: -> boxes (B, P, 4) of the parts in the photo, the parts (B, P, 3, S, S)."""
-        inside = part_boxes(resize(object_map, self.size // SCORE_MAP), self.recipe)  # in the object image
-        corner, far = boxes.split(2, 2)
-        in_photo = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / self.size)
+    def find_parts(self, images, box, view, object_map):
+        """Stage c: the parts of the objects, cut out of them or of the photo -> see `stages`."""
+        inside = part_boxes(resize(object_map, self.size // SCORE_MAP), self.recipe)  # of the object image
+        corner, far = box.split(2, 2)
+        boxes = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / self.size)  # of the photo
         highres = self.recipe.part_source == "highres"
-        return in_photo, crop(images, in_photo, self.size) if highres else crop(view[:, 0], inside, self.size)
+        return boxes, crop(images, boxes, self.size) if highres else crop(view[:, 0], inside, self.size)
 
     def stages(self, images, locate=False):
-        """Run the stages (Fig. 2): (B, 3, H, W) -> logits (B, P, K) by stage.
+        """Run the stages (Fig. 2): (B, 3, H, W) -> logits (B, P, K) by stage, and what was found.
 
-        With `locate` object and parts are found whatever the recipe's stages, and what was found comes along:
-        maps and boxes of the object in the photo, object, its map, boxes of the parts in the photo, parts.
+        That is nothing for stage a alone, unless with `locate`; else maps (B, H, W), the object's box in the
+        photo (B, 1, 4), the object (B, 1, 3, S, S), its map (B, S, S), its parts' boxes there (B, P, 4)
+        and the parts (B, P, 3, S, S).
         """
         used = self.recipe.stages
-        wanted = "abc" if locate else used
-        logits, maps = self.see_photo(images, attend=wanted != "a")
-        if wanted == "a":
+        attend = locate or used != "a"
+        logits, maps = self.see_photo(images, attend)
+        if not attend:
             return logits, ()
-        maps, boxes, view, object_map = self.find_object(images, maps)
+        maps, box, view, object_map = self.find_object(images, maps)
         if "b" in used:
             logits["object"], _ = self.encode(view)
-        if "c" not in wanted:
-            return logits, ()
-        part_boxes, parts = self.find_parts(images, boxes, view, object_map)
+        boxes, parts = self.find_parts(images, box, view, object_map)
         if "c" in used:
             logits["parts"], _ = self.encode(parts)
-        return logits, (maps, boxes, view, object_map, part_boxes, parts)
+        return logits, (maps, box, view, object_map, boxes, parts)
 
     def forward(self, images, targets=None):
         """(B, 3, H, W) -> logits (B, K); with targets (B,) -> (loss, terms)."""
@@ -455,22 +455,22 @@ class MultiStageViT(nn.Module):
         Scores: the largest attention in the object, the mean attention in a part.
         """
         common.check_images(images)
-        _, (maps, boxes, _, _, part_boxes, _) = self.stages(images, locate=True)
-        boxes = torch.cat([boxes, part_boxes], 1)
+        _, (maps, box, _, _, boxes, _) = self.stages(images, locate=True)
+        boxes = torch.cat([box, boxes], 1)
         inside = crop(maps[:, None], boxes, self.size).flatten(2)  # (B, 1 + P, S * S)
         return boxes, torch.cat([inside[:, :1].amax(2), inside[:, 1:].mean(2)], 1)
 
     @torch.no_grad()
     def figure(self, images):
-        """Figures 4 and 5 for each image: box, attention, image x attention, object and map, erasing, parts."""
+        """Figures 4 and 5, a page for each image: box, attention, object and its map, erasing, parts."""
         _, found = self.stages(images, locate=True)
         return [page(self.recipe, *views) for views in zip(images, *found)]
 
 
-# --------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------- pictures
 
 
-def page(recipe, image, attention, boxes, object_, object_map, part_boxes, parts):
+def page(recipe, image, attention, box, object_, object_map, boxes, parts):
     """The panels of one image (3, H, W) and what was found in it -> PIL image."""
     hole = attention > recipe.erase_threshold
     rim = F.max_pool2d(hole[None].float(), 9, 1, 4)[0] > 0
@@ -479,7 +479,7 @@ def page(recipe, image, attention, boxes, object_, object_map, part_boxes, parts
     photo, erased, thing, *parts = (common.to_pil(view, recipe.normalize) for view in views)
     weight = Image.fromarray((attention * 255).byte().cpu().numpy()).convert("RGB")
     panels = {
-        "object box": common.draw_boxes(photo, boxes, colours=("#ff2020",), width=4),
+        "object box": common.draw_boxes(photo, box, colours=("#ff2020",), width=4),
         "attention": common.heat(photo, attention, strength=1.0),
         "image x attention": ImageChops.multiply(photo, weight),
         "object": thing,
@@ -489,17 +489,17 @@ def page(recipe, image, attention, boxes, object_, object_map, part_boxes, parts
     return common.panels([*panels.values(), *parts], [*panels, *["part"] * len(parts)])
 
 
-# --------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------- build
 
-VIT_BASE_384 = (  # timm's of early 2021 (ImageNet-21k, then ImageNet-1k at 384 pixels), which the authors took
+VIT_BASE_384 = (  # timm's of early 2021 (ImageNet-21k, then 1k at 384 pixels), which the authors took
     "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
     "jx_vit_base_p16_384-83fb41ba.pth"
 )
 
 
 def build(recipe, num_classes):
-    """The model, its encoder with pretrained weights (see common.load_vit); those of a run of ours bring norm and
-    head along where they fit. Raises ValueError for a recipe of another method and fewer than two classes."""
+    """The model, its encoder with pretrained weights (see common.load_vit); those of a run of ours bring norm
+    and head along where they fit. Raises ValueError for another method's recipe or fewer than two classes."""
     common.check_build(recipe, Recipe, num_classes)
     model = MultiStageViT(recipe, num_classes)
     if recipe.weights == "none":
@@ -519,7 +519,8 @@ def build(recipe, num_classes):
 def param_groups(model, recipe):
     """Encoder, and new norm and head, with (length, peak learning rate) of their phases: see common.lr_at.
 
-    Weight decay on matrices and convolutions: not on biases and norms (1 dimension), position and class token (3).
+    Weight decay on matrices and convolutions; not on biases and norms (1 dimension), nor on the position
+    embeddings and the class token (3).
     """
     encoder, rest = [*model.encoder.parameters()], [*model.norm.parameters(), *model.head.parameters()]
     groups = []
