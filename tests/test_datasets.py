@@ -144,7 +144,7 @@ def test_a_deeply_nested_or_mutated_mat_file_gives_columns_or_an_error_that_name
     rng, outcomes, deep = np.random.default_rng(0), [], b""
     for _ in range(5000):
         deep = bare(head(1, (1, 1)) + deep)
-    for i in range(2000):
+    for i in range(800):
         content = bytearray(mat(i % 3 == 0, **EVERY_KIND) if i else mat() + deep)
         for _ in range(int(rng.integers(1, 4)) if i else 0):
             at = int(rng.integers(128, len(content)))
@@ -155,7 +155,7 @@ def test_a_deeply_nested_or_mutated_mat_file_gives_columns_or_an_error_that_name
         except ValueError as error:
             assert "some.mat: " in str(error)
             outcomes.append(0)
-    assert not outcomes[0] and outcomes.count(0) > 500 and outcomes.count(2) > 100
+    assert not outcomes[0] and outcomes.count(0) > 200 and outcomes.count(2) > 40
 
 
 # ---------------------------------------------------------------------- CUB and NABirds
