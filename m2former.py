@@ -66,13 +66,13 @@ from common import Mlp, Table, opt
 MVIT = "https://dl.fbaipublicfiles.com/mvit/mvitv2_models/MViTv2_"
 SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 BACKBONES = {  # name -> official weights; no hashes are published
-    "mvitv2_tiny": MVIT + "T_in1k.pyth",  # ImageNet-1k, without a class token, as of small
-    "mvitv2_small": MVIT + "S_in1k.pyth",
-    "mvitv2_base": MVIT + "B_in21k.pyth",
-    "mvitv2_large": MVIT + "L_in21k.pyth",
-    "mvitv2_large_in1k": MVIT + "L_in1k.pyth",  # the only one that widens in its MLPs
+    "mvitv2_tiny": f"{MVIT}T_in1k.pyth",  # ImageNet-1k, without a class token, as of small
+    "mvitv2_small": f"{MVIT}S_in1k.pyth",
+    "mvitv2_base": f"{MVIT}B_in21k.pyth",
+    "mvitv2_large": f"{MVIT}L_in21k.pyth",
+    "mvitv2_large_in1k": f"{MVIT}L_in1k.pyth",  # the only one that widens in its MLPs
     "mvitv2_toy": "",  # our choice
-    "swin_base": SWIN + "swin_base_patch4_window12_384_22k.pth",
+    "swin_base": f"{SWIN}swin_base_patch4_window12_384_22k.pth",
     "cvt21": "",  # on Microsoft's OneDrive
 }
 
@@ -302,8 +302,9 @@ class M2Former(nn.Module):
         layers = {"mlp2": 2, "mlp1": 1}.get(recipe.ctt)
         lower = [dims[s] for s in self.chosen if layers and s < stages - 1]
         self.ctt = nn.ModuleList(ClassTokenTransfer(dims[-1], c, layers) for c in lower)
-        how = widths, dims[-1], recipe.cca, recipe.sca
-        self.msca = nn.ModuleList(MSCA(*how) for _ in range(recipe.num_msca))
+        self.msca = nn.ModuleList(
+            MSCA(widths, dims[-1], recipe.cca, recipe.sca) for _ in range(recipe.num_msca)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in widths)
         self.stage_heads = nn.ModuleList(nn.Linear(c, num_classes) for c in widths).apply(trunc_normal)
         self.head_con = nn.Linear(sum(widths), num_classes).apply(trunc_normal)

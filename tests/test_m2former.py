@@ -350,15 +350,17 @@ def test_figure6_is_the_attention_of_the_best_patch_of_the_coarsest_stage_to_the
 
 
 def test_figures_5_and_6_paint_the_boxes_of_each_stage_and_the_weights_of_figure_6(monkeypatch):
-    model, calls = tiny(), []
+    model, calls, captions, panels = tiny(), [], [], common.panels
     monkeypatch.setattr(m, "paint", lambda photo, *how: calls.append(how) or photo)
+    monkeypatch.setattr(common, "panels", lambda p, names: captions.extend(names) or panels(p, names))
     page = model.figure(photos(1))[0]
     taps, patches, boxes, _ = found(model, photos(1))
     weights = [w[0] / w[0].max() for w in model.attention(taps, patches)]
     expected = [(boxes[s][0], "red", torch.ones(len(weights[s]))) for s in (3, 2, 1, 0)]
     expected += [(boxes[3][0][:1], "red", torch.ones(1))]
     expected += [(boxes[s][0], "orange", weights[s]) for s in (2, 1, 0)]
-    assert len(calls) == 8
+    assert len(calls) == 8 and captions[:5] == ["input", "stage 4", "stage 3", "stage 2", "stage 1"]
+    assert captions[5:] == ["input", "a patch of stage 4", *(f"its attention, stage {s}" for s in (3, 2, 1))]
     for (box, colour, strength), (b, c, s) in zip(calls, expected):
         assert box.equal(b) and colour == c and torch.allclose(strength, s)
     for change in ({"sca": False}, {"msps": False}, {"stages": (4,)}):  # no attention across stages
@@ -553,7 +555,9 @@ def test_strides_taps_drop_path_and_epsilons_of_the_built_model(data):
     assert [block.attn.pool_k.stride[0] for block in blocks] == strides
     rate, n = (0.3, 24) if data == "cub" else (0, 5)
     assert [block.drop_path.p for block in blocks] == pytest.approx([rate * b / (n - 1) for b in range(n)])
-    assert {x.eps for x in model.modules() if isinstance(x, nn.LayerNorm)} == {1e-6}
+    with torch.device("meta"):
+        plain = m.build(replace(recipe, msps=False), 10)
+    assert {x.eps for y in (model, plain) for x in y.modules() if isinstance(x, nn.LayerNorm)} == {1e-6}
 
 
 def test_initial_weights_of_the_built_model():
@@ -682,9 +686,9 @@ def test_cvt_has_the_official_names():
     with torch.device("meta"):
         names = set(m.CvT(10).state_dict())
     few = ("stage0.patch_embed.proj.weight", "stage1.patch_embed.norm.bias", "stage2.cls_token",
-           "head.weight", "stage2.blocks.15.attn.conv_proj_q.conv.weight",
-           "stage1.blocks.3.attn.conv_proj_v.bn.running_var", "stage0.blocks.0.attn.proj_k.bias", "stage2.blocks.0.attn.proj.weight", "norm.weight",
-           "stage1.blocks.0.mlp.fc2.bias")
+           "stage2.blocks.15.attn.conv_proj_q.conv.weight", "stage1.blocks.3.attn.conv_proj_v.bn.running_var",
+           "stage0.blocks.0.attn.proj_k.bias", "stage2.blocks.0.attn.proj.weight", "norm.weight",
+           "stage1.blocks.0.mlp.fc2.bias", "head.weight")
     assert set(few) <= names and len(names) == 21 * 34 + 3 * 4 + 5
 
 
