@@ -133,7 +133,7 @@ def header(path, upright):
         raise ValueError("not a regular file")
     image, turn = Image.open(path, formats=FORMATS), None
     w, h = image.size
-    if w * h > 2**28 or max(w, h) > 2**16:
+    if w * h > (2**27 if "progressive" in image.info else 2**28) or max(w, h) > 2**16:
         raise ValueError(f"{w} x {h} pixels are too many")
     if upright and "exif" in image.info:  # not in a TIFF, which Pillow turns itself
         with contextlib.suppress(Exception):  # a damaged block says nothing about the photo
@@ -170,7 +170,9 @@ def open_photo(path, upright=True, longest=None):
         image, turn, (h, w) = header(path, upright)
         share = min(1, (longest or math.inf) / max(w, h))
         size = max(1, round(w * share)), max(1, round(h * share))
-        return decode(image, turn, size).resize(size, FILTERS["bicubic"], reducing_gap=2.0)
+        image = decode(image, turn, size)
+        image.thumbnail(size, FILTERS["bicubic"])
+        return image
 
 
 def object_region(box, size, context=False):
@@ -318,7 +320,7 @@ class Photos(torch.utils.data.Dataset):
             image = augment(image, self.recipe, rng)
         pixels = np.stack([np.asarray(band) for band in image.split()])  # the fastest of six ways
         label = self.split.labels[index] if self.split.labels else -1
-        return torch.from_numpy(pixels), label, index, torch.tensor(shown, dtype=torch.float64)
+        return torch.from_numpy(pixels), label, index, torch.from_numpy(np.array(shown))
 
     def read(self, index, rng):
         """Cut the view of a photo out of it -> PIL RGB of image_size, the box of the view."""
@@ -326,7 +328,7 @@ class Photos(torch.utils.data.Dataset):
         if split.images is None:
             image, turn, (h, w) = header(split.paths[index], split.upright)
         else:
-            image, turn = Image.fromarray(split.images[index]), None
+            image = Image.fromarray(split.images[index])
             w, h = image.size
         region = (0, 0, w, h - split.banner)
         if recipe.boxes:
@@ -334,7 +336,8 @@ class Photos(torch.utils.data.Dataset):
         x1, y1, x2, y2 = box = view(region, recipe, rng)
         H, W = recipe.image_size
         need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
-        image = decode(image, turn, need)
+        if split.images is None:
+            image = decode(image, turn, need)
         kx, ky = image.width / w, image.height / h  # below 1 where decoding made it smaller
         resample = FILTERS.get(recipe.interpolation, FILTERS["bilinear"])
         if rng and recipe.interpolation == "random":
