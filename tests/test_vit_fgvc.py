@@ -322,7 +322,7 @@ def test_sec23_attention_cropping_shows_stage_a_the_object_of_some_photos(monkey
 
 
 def test_eq1_joint_loss_term_by_term_and_the_prediction():
-    """Of equal logits three times that of one where parts count as their mean (code), four times by the sum."""
+    """Of equal logits three times that of one if parts count as their mean (code), four times by the sum."""
     logits = {"full": torch.randn(4, 1, 5), "object": torch.randn(4, 1, 5), "parts": torch.randn(4, 2, 5)}
     targets = torch.randint(0, 5, (4,))
     for reduction, weight in (("mean", 0.5), ("sum", 1.0)):
@@ -454,13 +454,13 @@ def test_fig4_and_fig5_show_box_maps_object_erasure_and_parts(monkeypatch):
 
 CUB = dict(
     image_size=(448, 448), resize=(512, 512), crop="resized", crop_area=(0.75, 1.0), rotate=10,
-    zoom=(1.0, 1.1), affine_prob=0.75, brightness=0.2, contrast=0.2, jitter_prob=0.75, batch_size=20, epochs=10,
-    lr=1e-3, optimizer="radam", momentum=0.95, beta2=0.99, eps=1e-6, weight_decay=0.01, schedule="onecycle",
-    label_smoothing=0.1, weights="default", backbone="vit_base", encoder_size=384, full_resize="bilinear",
-    head="mlp", stages="abc", fusion="mean", part_reduction="mean", head_fusion="mean", threshold="mean",
-    score="bbox", min_object_area=64**2 / 448**2, fallback=384 / 448, parts=2, part_crop=128 / 384,
-    part_source="object", part_iou=0.1, score_pool="avg", stride=1, erase=False, erase_prob=0.5,
-    erase_threshold=0.7, attention_crop=0.0,
+    zoom=(1.0, 1.1), affine_prob=0.75, brightness=0.2, contrast=0.2, jitter_prob=0.75, batch_size=20,
+    epochs=10, lr=1e-3, optimizer="radam", momentum=0.95, beta2=0.99, eps=1e-6, weight_decay=0.01,
+    schedule="onecycle", label_smoothing=0.1, weights="default", backbone="vit_base", encoder_size=384,
+    full_resize="bilinear", head="mlp", stages="abc", fusion="mean", part_reduction="mean",
+    head_fusion="mean", threshold="mean", score="bbox", min_object_area=64**2 / 448**2, fallback=384 / 448,
+    parts=2, part_crop=128 / 384, part_source="object", part_iou=0.1, score_pool="avg", stride=1, erase=False,
+    erase_prob=0.5, erase_threshold=0.7, attention_crop=0.0,
     phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002))
 DOGS = dict(batch_size=16, epochs=6, phases=(2, 4), head_lr=(3, 1), encoder_lr=(0, 0.02))
 CARS = dict(
