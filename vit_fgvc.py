@@ -83,7 +83,7 @@ class Recipe(common.Recipe):
     threshold: str = opt("mean", "foreground: above the mean (Sec. 2.1) or the median", ("mean", "median"))
     score: str = opt("bbox", "object: most attention in bbox (code) or region (Sec. 2.1)", ("bbox", "region"))
     min_object_area: float = share(64**2 / 448**2, "smallest object, as a share of the photo (code)")
-    fallback: float = opt(384 / 448, "without an object: side of the box, a share (code)", least=0.1, most=1)
+    fallback: float = share(384 / 448, "without an object: side of the box, a share of the photo's (code)")
     parts: int = opt(2, "number of parts (Sec. 2.2)", least=1, most=99)
     part_crop: float = share(1 / 3, "side of a part, a share of the object's (code; Sec. 2.2: 112 / 384)")
     part_source: str = opt("object", "parts from object (code); photo (Sec. 3)", ("object", "highres"))
@@ -246,10 +246,11 @@ def object_box(maps, recipe, random=False):
     scan order. Without any the box is a share of each side, in the centre or at a random place.
     """
     r, (B, H, W) = recipe, maps.shape
-    h, w = round(r.fallback * H), round(r.fallback * W)
-    place = torch.rand(B, 2) if random else torch.full((B, 2), 0.5)
-    y, x = (place * torch.tensor([H - h, W - w])).long().T
-    boxes = torch.stack([x, y, x + w, y + h], 1).to(maps.device)
+    photo = torch.tensor([W, H])
+    sides = (r.fallback * photo.double()).round().long()
+    place = torch.rand(B, 2).flip(1) if random else torch.full((B, 2), 0.5)
+    corner = (place * (photo - sides)).long()
+    boxes = torch.cat([corner, corner + sides], 1).to(maps.device)
 
     level = maps.mean((1, 2)) if r.threshold == "mean" else maps.flatten(1).median(1).values
     foreground = maps - level[:, None, None] > 1e-5 * maps.amax((1, 2), keepdim=True)  # not of a constant map
@@ -307,7 +308,7 @@ def crop(images, boxes, size):
     low, high = boxes[..., None].float().split(2, 2)  # (B, P, 2, 1)
     points = low + torch.linspace(0, 1, size, device=images.device) * (high - 1 - low)  # (B, P, 2, size)
     x, y = (2 * points / points.new_tensor([[W - 1], [H - 1]]) - 1).unbind(2)  # from -1 to 1
-    grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), 4).flatten(1, 2).to(images.dtype)
+    grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), 4).flatten(1, 2)
     views = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # one under the other
     return views.unflatten(2, (-1, size)).transpose(1, 2)
 
@@ -326,9 +327,10 @@ def joint_loss(logits, targets, recipe):
     """Eq. 1 over the stages present: {name: (B, P, K)}, P views of each image, (B,) -> (loss, terms)."""
     terms = {}
     for name, stage in logits.items():
-        views, smoothing = stage.float().unbind(1), recipe.label_smoothing
-        losses = [F.cross_entropy(view, targets, label_smoothing=smoothing) for view in views]
-        terms[name] = sum(losses) / (1 if recipe.part_reduction == "sum" else len(losses))
+        views, smoothing = stage.shape[1], recipe.label_smoothing
+        every = targets.repeat_interleave(views)
+        mean = F.cross_entropy(stage.float().flatten(0, 1), every, label_smoothing=smoothing)
+        terms[name] = mean * views if recipe.part_reduction == "sum" else mean
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
 
@@ -354,8 +356,10 @@ class MultiStageViT(nn.Module):
         dim, plain = self.encoder.cls_token.shape[-1], recipe.head == "mlp"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         first, last = nn.Linear(dim, dim, bias=plain), nn.Linear(dim, num_classes, bias=plain)
-        before, between = [nn.BatchNorm1d(dim), nn.Dropout(0.25)], [nn.BatchNorm1d(dim), nn.Dropout(0.5)]
-        layers = [first, nn.ReLU(), last] if plain else [*before, first, nn.ReLU(), *between, last]
+        layers = [first, nn.ReLU(), last]
+        if not plain:
+            layers = [nn.BatchNorm1d(dim), nn.Dropout(0.25), *layers]
+            layers[4:4] = nn.BatchNorm1d(dim), nn.Dropout(0.5)
         self.head = nn.Sequential(*layers)
 
     def encode(self, views, attend=False):
