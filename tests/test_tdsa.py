@@ -530,7 +530,8 @@ def test_sec_4b_every_field_of_every_recipe():
         loss="tdsa", attention=True, aligned="both",
     ) | dict(  # the authors' code
         crop="random", pad=4, interpolation="bilinear", normalize="half", hflip=0.5, batch_size=32,
-        momentum=0.9, milestones=(149 / 300, 224 / 300), diversity="code", mask="batch", upsample="nearest", amp="off",
+        momentum=0.9, milestones=(149 / 300, 224 / 300), diversity="code", mask="batch", upsample="nearest",
+        amp="off",
     ) | dict(  # neither has any
         task="classify", rotate=0, translate=0, zoom=(1, 1), brightness=0, contrast=0, saturation=0, hue=0,
         erasing=0, boxes=False, val_fraction=0, train_split="trainval", crop_banner=False, instances=0,
