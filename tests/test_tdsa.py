@@ -28,6 +28,10 @@ def on_meta(classes=200, **changes):
         return tdsa.build(replace(CUB, **changes), classes).eval()
 
 
+def meta_images(B, H, W):
+    return torch.empty(B, 3, H, W, device="meta")
+
+
 def batch(images=3, classes=4, size=(48, 32), seed=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(images, 3, *size, generator=g), torch.arange(images) % classes
@@ -59,6 +63,8 @@ def literal_mc_loss(features, targets, c, mask):
 
 def test_eqs_3_to_6_by_hand_on_a_map_of_two_places():
     target, masked = torch.tensor([0]), torch.tensor([[True, False, True, False]])
+    empty, _ = tdsa.mc_loss(torch.zeros(1, 600, 2, 2), target, 200)
+    assert empty.item() == pytest.approx(5.298317, abs=1e-5)  # ln S
     assert tdsa.class_spread(HAND, 2)[0].tolist() == pytest.approx([2 / (1 + math.exp(-2)), 1.0], abs=1e-6)
     assert tdsa.class_spread(HAND, 2, share=True)[0].tolist() == pytest.approx([1.7615942 / 2, 0.5], abs=1e-6)
     assert tdsa.class_scores(HAND, 2)[0].tolist() == [2, 1]
@@ -92,12 +98,6 @@ def test_eq3_mask_has_ceil_half_ones_in_every_class_at_every_place_equally_often
     assert tdsa.cwa_mask(8, 3).shape == (1, 8) and tdsa.cwa_mask(8, 3)[0, :2].sum() == 1  # groups 2, 3, 3
 
 
-def test_eq3_a_masked_channel_counts_as_zero_so_that_zero_wins_over_negative_ones():
-    features = torch.tensor([-1.0, -2.0, -3.0]).view(1, 3, 1, 1)
-    assert tdsa.class_scores(features, 1, torch.tensor([[True, True, True]])).item() == -1
-    assert tdsa.class_scores(features, 1, torch.tensor([[True, True, False]])).item() == 0
-
-
 def test_eq3_a_mask_for_each_image_serves_only_it():
     features, masks = map_of(2, 6, 2, 2), torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 0, 1, 1]])
     both = tdsa.class_scores(features, 2, masks)
@@ -106,39 +106,18 @@ def test_eq3_a_mask_for_each_image_serves_only_it():
         assert torch.equal(both[b], alone[b]) and not torch.equal(both[1 - b], alone[1 - b])
 
 
-def test_eq4_is_cross_entropy_of_the_pooled_class_maximum_and_ln_S_on_an_empty_map():
-    features, targets = map_of(4, 12, 5, 3).relu(), torch.tensor([0, 3, 1, 1])
-    pooled = features.view(4, 4, 3, 5, 3).amax(2).mean((2, 3))
-    for mask in (None, torch.ones(1, 12)):
-        assert torch.allclose(tdsa.mc_loss(features, targets, 4, mask)[0], F.cross_entropy(pooled, targets))
-    empty, _ = tdsa.mc_loss(torch.zeros(2, 600, 2, 2), torch.tensor([0, 199]), 200)
-    assert empty.item() == pytest.approx(5.298317, abs=1e-5)
-
-
-def test_eq4_does_not_change_when_channels_and_mask_are_permuted_together():
-    features, targets, order = map_of(3, 6, 4, 4), torch.tensor([0, 1, 0]), torch.tensor([2, 0, 1, 4, 5, 3])
-    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
-    dis, _ = tdsa.mc_loss(features, targets, 2, mask)
-    assert torch.allclose(dis, tdsa.mc_loss(features[:, order], targets, 2, mask[:, order])[0])
-    assert not torch.allclose(dis, tdsa.mc_loss(features[:, order], targets, 2, mask)[0])
-
-
-@pytest.mark.parametrize("c", [3, 9])
-def test_eq5_is_one_when_all_channels_of_a_class_look_at_the_same_places(c):
-    same = map_of(2, 1, 4, 4).expand(2, 2 * c, 4, 4)
-    for features in (torch.zeros(2, 2 * c, 4, 4), torch.full((2, 2 * c, 4, 4), 3.0), same):
-        assert torch.allclose(tdsa.class_spread(features, 2), torch.ones(2, 2), atol=1e-6)
-        _, div = tdsa.mc_loss(features, torch.tensor([0, 1]), 2)
-        assert div.item() == pytest.approx({3: -0.6666667, 9: -0.8888889}[c], abs=1e-6)
-
-
-def test_eq5_is_the_number_of_channels_when_their_peaks_are_apart_and_at_most_the_number_of_places():
-    peaks = torch.zeros(1, 3, 2, 2)
+def test_eq5_is_one_when_channels_look_at_the_same_places_and_their_number_when_their_peaks_are_apart():
+    same, peaks = map_of(2, 1, 4, 4).expand(2, 18, 4, 4), torch.zeros(1, 3, 2, 2)
+    for features in (torch.zeros(2, 18, 4, 4), torch.full((2, 18, 4, 4), 3.0), same):
+        for c, div in ((3, -0.6666667), (9, -0.8888889)):
+            assert torch.allclose(tdsa.class_spread(features, 18 // c), torch.ones(2, 18 // c), atol=1e-6)
+            _, found = tdsa.mc_loss(features, torch.tensor([0, 1]), 18 // c)
+            assert found.item() == pytest.approx(div, abs=1e-6)
     for m in range(3):
         peaks[0, m].view(-1)[m] = 50
     assert tdsa.class_spread(peaks, 1).item() == pytest.approx(3, abs=1e-6)
     assert tdsa.mc_loss(peaks, torch.tensor([0]), 1)[1].item() == pytest.approx(0, abs=1e-6)
-    assert 1 < tdsa.class_spread(map_of(1, 9, 1, 2) * 20, 1).item() <= 2 + 1e-6
+    assert 1 < tdsa.class_spread(map_of(1, 9, 1, 2) * 20, 1).item() <= 2 + 1e-6  # no more than places
 
 
 def test_eq5_ignores_constants_added_to_a_channel_the_order_of_channels_and_the_mask():
@@ -171,17 +150,11 @@ def test_eq1_and_eq6_minus_l_div_drives_free_maps_to_disjoint_peaks():
     assert before < -0.6 and div.item() > -0.05
 
 
-def test_ragged_groups_give_the_first_classes_one_channel_less():
+def test_ragged_groups_give_the_first_classes_one_channel_less_and_each_its_own_loss():
     assert tdsa.class_groups(512, 200) == ((88, 2), (112, 3))
     assert tdsa.class_groups(2048, 200) == ((152, 10), (48, 11))
     assert tdsa.class_groups(600, 200) == ((200, 3),)
     assert tdsa.channels_of_class(5, 2).tolist() == [[0, 1, 1], [2, 3, 4]]
-    assert tdsa.channels_of_class(6, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(ValueError, match="48 channels do not fit 60 classes.*--aligned both"):
-        model_of(60, loss="mc", aligned="none")
-
-
-def test_mc_loss_of_ragged_groups_is_that_of_each_class_taken_alone():
     features, targets, mask = map_of(2, 8, 3, 3), torch.tensor([0, 2]), torch.arange(8)[None] % 3 > 0
     pieces, masked = [(0, 2), (2, 5), (5, 8)], features * mask.view(8, 1, 1)
     g = torch.stack([masked[:, a:b].amax(1).mean((1, 2)) for a, b in pieces], 1)
@@ -257,14 +230,10 @@ def test_eqs_2_and_8_the_losses_act_on_the_maps_they_name():
     for loss, maps in {"ce": (), "mc": ("high",), "tdsa": ("mid", "high")}.items():
         _, terms = model_of(loss=loss)(images, targets)
         assert list(terms) == ["ce", *(f"{t}_{m}" for m in maps for t in ("dis", "div")), "top1"]
-    model = model_of(mu=2.0, lambda_div=0.0, loss="mc")
-    loss, terms = model(images, targets)
+    loss, terms = model_of(mu=2.0, lambda_div=0.0, loss="mc")(images, targets)
     assert loss.item() == pytest.approx((terms["ce"] + 2 * terms["dis_high"]).item(), abs=1e-5)
-
-
-def test_without_attention_the_middle_map_is_raw_and_not_halved():
-    maps = model_of().trunk(batch()[0])
-    assert model_of(attention=False).constrained(*maps)["mid"] is maps[0]
+    maps = model_of().trunk(images)
+    assert model_of(attention=False).constrained(*maps)["mid"] is maps[0]  # raw, not halved
     for mode in ("nearest", "bicubic"):
         attended = model_of(upsample=mode).constrained(*maps)
         assert torch.equal(attended["mid"], tdsa.top_down_attention(*maps, mode))
@@ -284,8 +253,7 @@ def test_the_classifier_in_evaluation_does_not_know_the_loss():
 
 
 def test_eq3_the_mask_is_drawn_from_torchs_random_state_a_batch_or_a_sample(monkeypatch):
-    model, (images, targets), drawn = model_of().eval(), batch(), []
-    losses = []
+    model, (images, targets), drawn, losses = model_of().eval(), batch(), [], []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         losses.append(model(images, targets)[0].item())
@@ -296,9 +264,8 @@ def test_eq3_the_mask_is_drawn_from_torchs_random_state_a_batch_or_a_sample(monk
     assert drawn == [(24, 4, 1), (12, 4, 1), (24, 4, 3), (12, 4, 3)]  # the middle map first
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_keeps_softmax_and_h_in_fp32(dtype):
-    half = map_of(2, 6, 16, 16).to(dtype)
+def test_eqs_3_and_5_keep_softmax_and_sums_of_half_precision_in_fp32():
+    half = map_of(2, 6, 16, 16).half()
     h, g = tdsa.class_spread(half, 2), tdsa.class_scores(half, 2, torch.ones(1, 6))
     assert h.dtype == g.dtype == torch.float32
     assert torch.allclose(h, tdsa.class_spread(half.float(), 2), atol=1e-6)
@@ -309,12 +276,9 @@ def test_mixed_precision_keeps_softmax_and_h_in_fp32(dtype):
 def test_heads_are_the_classifier_and_the_class_scores_of_each_constrained_map():
     images, model = batch()[0], model_of().eval()
     heads, (mid, high) = model.heads(images), model.trunk(images)
-    attended = tdsa.top_down_attention(mid, high)
-    wanted = {"classifier": model(images)}
-    wanted |= {"mid": tdsa.class_scores(attended, 4), "high": tdsa.class_scores(high, 4)}
+    g = (tdsa.class_scores(features, 4) for features in (tdsa.top_down_attention(mid, high), high))
+    wanted = dict(zip(("classifier", "mid", "high"), (model(images), *g)))
     assert list(heads) == list(wanted) and all(torch.equal(heads[name], wanted[name]) for name in wanted)
-    assert list(model_of(loss="mc").eval().heads(images)) == ["classifier", "high"]
-    assert list(model_of(loss="ce").eval().heads(images)) == ["classifier"]
 
 
 # -------------------------------------------------------------------------------------- where, Figure 6
@@ -373,14 +337,11 @@ def test_figure_6_shows_the_peak_the_map_and_the_middle_maps_of_the_class_and_ro
     assert {(255, 0, 0), (0, 255, 0)} <= colours
 
 
-@pytest.mark.parametrize("changes, columns", [({"loss": "mc"}, 2), ({"loss": "ce"}, 2), ({"xi": 1}, 3)])
-def test_figure_6_has_a_row_a_channel_and_no_middle_maps_without_their_loss(changes, columns):
-    aligned = {"aligned": "both" if "xi" in changes else "none"}  # 48 channels for 5 classes: up to 10 each
-    model, (images, _) = model_of(classes=5, **changes, **aligned).eval(), batch(3)
-    boxes, (page,) = model.where(images)[0], model.figure(images[:1])
-    rows = {"mc": 10, "ce": 1, "tdsa": 3}[model.recipe.loss]
-    assert boxes.shape == (3, rows, 4)
-    assert abs(page.width / columns - 155) < 6 and page.height // 246 == rows
+@pytest.mark.parametrize("loss, rows", [("mc", 10), ("ce", 1)])
+def test_figure_6_without_a_loss_on_the_middle_map_has_two_columns_and_a_row_a_channel(loss, rows):
+    model, (images, _) = model_of(classes=5, loss=loss, aligned="none").eval(), batch(3)
+    boxes, (page,) = model.where(images)[0], model.figure(images[:1])  # 48 channels: up to 10 each
+    assert boxes.shape == (3, rows, 4) and abs(page.width / 2 - 155) < 6 and page.height // 246 == rows
 
 
 # -------------------------------------------------------------------------------------- backbones
@@ -408,6 +369,7 @@ def test_parameters_of_both_backbones_for_every_xi_and_dataset(backbone, classes
 
 
 def test_parameters_of_the_baselines_equal_those_of_the_released_networks():
+    assert parameters(model_of(16)) == 201792
     R18 = {"backbone": "resnet18"}
     released = {27722504: CE, 11543816: R18 | CE, 30344640: MC, 14457320: R18 | MC}
     for count, changes in (released | {31155912: {"loss": "mc", "xi": 1}}).items():
@@ -418,26 +380,25 @@ def test_parameters_of_the_baselines_equal_those_of_the_released_networks():
     assert [parameters(part) for part in parts] == [13579608, 13423368, 15215736]
 
 
-@pytest.mark.parametrize("backbone, layout, size, mid, high", [
-    ("vgg16", "A", (224, 224), (28, 28), (14, 14)), ("vgg16", "A", (256, 192), (32, 24), (16, 12)),
-    ("resnet18", "A", (224, 224), (14, 14), (7, 7)), ("resnet18", "B", (224, 224), (14, 14), (14, 14)),
-    ("resnet18", "C", (224, 224), (28, 28), (14, 14)), ("resnet18", "A", (448, 448), (28, 28), (14, 14)),
-    ("toy", "A", (96, 96), (12, 12), (6, 6)),
-])
-def test_maps_have_the_published_channels_and_sizes(backbone, layout, size, mid, high):
-    model = on_meta(backbone=backbone, layout=layout, image_size=size)
-    images = torch.empty(2, 3, *size, device="meta")
-    shapes = [tuple(m.shape) for m in model.trunk(images)]
-    assert shapes == [(2, 1800, *mid), (2, 600, *high)] and model(images).shape == (2, 200)
+def test_maps_have_the_published_channels_and_sizes():
+    for backbone, layout, (H, W), mid, high in (
+        ("vgg16", "A", (224, 224), (28, 28), (14, 14)), ("vgg16", "A", (256, 192), (32, 24), (16, 12)),
+        ("resnet18", "A", (224, 224), (14, 14), (7, 7)), ("resnet18", "B", (224, 224), (14, 14), (14, 14)),
+        ("resnet18", "C", (224, 224), (28, 28), (14, 14)), ("toy", "A", (96, 96), (12, 12), (6, 6)),
+    ):
+        model, images = on_meta(backbone=backbone, layout=layout, image_size=(H, W)), meta_images(2, H, W)
+        shapes = [tuple(m.shape) for m in model.trunk(images)]
+        assert shapes == [(2, 1800, *mid), (2, 600, *high)] and model(images).shape == (2, 200)
 
 
 def test_multiply_adds_are_the_published_ones():
-    vgg16, resnet18 = {"backbone": "vgg16"}, {"backbone": "resnet18"}
-    published = [(vgg16, (15.8, 18.5, 21.2, 24.0, 26.7)), (resnet18, (3.7, 9.7, 19.6))]
-    for changes, counts in [*published, (resnet18 | {"layout": "C"}, (11.8, 36.0, 75.4))]:
+    for backbone, layout, counts in (
+        ("vgg16", "A", (15.8, 18.5, 21.2, 24.0, 26.7)), ("resnet18", "A", (3.7, 9.7, 19.6)),
+        ("resnet18", "C", (11.8, 36.0, 75.4)),
+    ):
         for xi, giga in enumerate(counts, start=1):
-            macs = common.count_macs(on_meta(xi=xi, **changes), torch.empty(1, 3, 224, 224, device="meta"))
-            assert macs / 1e9 == pytest.approx(giga, abs=0.1)
+            model = on_meta(xi=xi, backbone=backbone, layout=layout)
+            assert common.count_macs(model, meta_images(1, 224, 224)) / 1e9 == pytest.approx(giga, abs=0.1)
 
 
 def test_the_paths_of_vgg16_and_resnet18_are_torchvisions():
@@ -464,13 +425,6 @@ def test_the_head_at_the_recipes_size_is_a_two_by_two_max_pooling_and_takes_othe
     assert [type(m) for m in head] == layers and (head[3].in_features, head[3].out_features) == (36, 512)
 
 
-def test_the_toy_is_a_resnet_of_four_small_blocks():
-    trunk = model_of(16, aligned="none", loss="mc").trunk
-    stages = [getattr(trunk, f"layer{i}") for i in range(1, 5)]
-    assert [len(stage) for stage in stages] == [1] * 4 and trunk.conv1.kernel_size == (3, 3)
-    assert [stage[0].conv2.out_channels for stage in stages] == [16, 32, 96, 48]
-
-
 @pytest.mark.parametrize("backbone", ["vgg16", "resnet18", "toy"])
 def test_initial_weights_and_epsilons_of_the_built_model_are_the_authors(backbone):
     for name, m in model_of(backbone=backbone, xi=1).named_modules():
@@ -488,36 +442,30 @@ def test_initial_weights_and_epsilons_of_the_built_model_are_the_authors(backbon
 # -------------------------------------------------------------------------------------- weights
 
 
-def test_default_weights_are_torchvisions_checked_against_the_hash_in_their_name(tmp_path, monkeypatch):
-    urls = {"vgg16": VGG16_BN_Weights.IMAGENET1K_V1.url, "resnet18": ResNet18_Weights.IMAGENET1K_V1.url}
-    assert tdsa.PUBLISHED == urls and all(url.endswith(f"-{url[-12:-4]}.pth") for url in urls.values())
-    fetched = []
-    torch.save(resnet18().state_dict(), tmp_path / "net.pth")
-    monkeypatch.setattr(common, "fetch", lambda *how: (fetched.append(how), tmp_path / "net.pth")[1])
-    model_of(backbone="resnet18", loss="mc", aligned="none", weights="default")
-    assert fetched == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd")]
-
-
-@pytest.mark.parametrize("backbone", ["vgg16", "resnet18"])
-@pytest.mark.parametrize("aligned", ["none", "both"])
-def test_the_file_that_default_fetches_is_taken_as_a_file_too(backbone, aligned, tmp_path):
-    published = resnet18() if backbone == "resnet18" else nn.Module()
+@pytest.mark.parametrize("backbone, layers", [  # those whose width follows the classes, or that read them
+    ("vgg16", {f"features.{i}" for i in (30, 31, 34, 40, 41)}), ("resnet18", {"layer3", "layer4"}),
+])
+def test_torchvisions_weights_are_fetched_or_a_file_and_only_the_width_of_classes_begins_anew(
+    backbone, layers, tmp_path, monkeypatch
+):
+    published, fetched = resnet18() if backbone == "resnet18" else nn.Module(), []
     if backbone == "vgg16":
-        published.features = make_layers(cfgs["D"], batch_norm=True)
-        published.classifier = nn.Linear(3, 1000)
+        published.features, published.classifier = make_layers(cfgs["D"], batch_norm=True), nn.Linear(3, 1000)
     old = {k: v for k, v in published.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "net.pth")  # of 2017, without counters
-    model = model_of(5, backbone=backbone, loss="mc", aligned=aligned, weights=str(tmp_path / "net.pth"))
-    loaded = {k for k, v in model.trunk.state_dict().items() if k in old and torch.equal(v, old[k])}
-    anew = {k for k in old if not k.startswith(("fc.", "classifier."))} - loaded
-    assert {".".join(k.split(".")[:2 if backbone == "vgg16" else 1]) for k in anew} == {
-        ("vgg16", "both"): {"features.30", "features.31", "features.34", "features.40", "features.41"},
-        ("resnet18", "both"): {"layer3", "layer4"},
-    }.get((backbone, aligned), set())  # with a width for each class: what the width touches
-    first = next(k for k in old if k.endswith("1.weight"))
-    torch.save({k: v for k, v in old.items() if k != first}, tmp_path / "broken.pth")
-    with pytest.raises(ValueError, match=f"missing .*trunk.{first}"):
-        model_of(5, backbone=backbone, loss="mc", aligned=aligned, weights=str(tmp_path / "broken.pth"))
+    monkeypatch.setattr(common, "fetch", lambda *how: (fetched.append(how), tmp_path / "net.pth")[1])
+    for aligned, weights in (("none", "default"), ("both", str(tmp_path / "net.pth"))):
+        model = model_of(5, backbone=backbone, loss="mc", aligned=aligned, weights=weights)
+        loaded = {k for k, v in model.trunk.state_dict().items() if k in old and torch.equal(v, old[k])}
+        anew = {k for k in old if not k.startswith(("fc.", "classifier."))} - loaded
+        names = {k.rsplit(".", 1)[0] if backbone == "vgg16" else k[:6] for k in anew}
+        assert names == (layers if aligned == "both" else set())
+    weights = {"vgg16": VGG16_BN_Weights, "resnet18": ResNet18_Weights}[backbone].IMAGENET1K_V1
+    assert fetched == [(weights.url, weights.url.split("-")[1].split(".")[0])]
+    del old["features.1.weight" if backbone == "vgg16" else "bn1.weight"]
+    torch.save(old, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="missing .*trunk.*1.weight"):
+        model_of(5, backbone=backbone, weights=str(tmp_path / "broken.pth"))
 
 
 # -------------------------------------------------------------------------------------- recipes and tables
@@ -552,15 +500,12 @@ def test_sec_4b_every_field_of_every_recipe():
         assert {k: fields[k] for k in fields if k not in unused or k in own[name]} == paper | own[name], name
 
 
-def test_sec_4b_the_learning_rate_drops_at_epochs_150_and_225_counted_from_one():
+def test_sec_4b_the_learning_rate_drops_at_epochs_150_and_225_counted_from_one_and_everything_decays():
+    assert [g["weight_decay"] for g in tdsa.param_groups(model_of(), SMALL)] == [5e-4]
     steps = 5994 // 32
     for epoch, lr in ((1, 0.1), (149, 0.1), (150, 0.01), (224, 0.01), (225, 0.001), (300, 0.001)):
         for step in ((epoch - 1) * steps, epoch * steps - 1):  # its first and its last
             assert common.lr_at(CUB, step, 300 * steps, steps) == pytest.approx(lr)
-
-
-def test_param_groups_decay_everything_as_the_authors_do():
-    assert [g["weight_decay"] for g in tdsa.param_groups(model_of(), SMALL)] == [5e-4]
 
 
 CE, MC = {"loss": "ce", "aligned": "none"}, {"loss": "mc", "aligned": "high"}
@@ -591,12 +536,14 @@ def test_tables_2_to_8_row_by_row_from_the_paper():
             rest = [(name, backbone | changes, paper) for (name, changes), paper in zip(rows.items(), values)]
             wanted[number if data == "cub" else f"{number}-{data}"] = (data, "top1", rest)
     ours = [("cross-entropy", CE, 28.53), ("MC-Loss", MC, 65.98), ("TDSA-Loss", {}, 72.77)]
+    toy = {"cross-entropy": CE, "MC-Loss": MC, "TDSA-Loss": {}} | {
+        "MC-Loss on both maps, without attention": {"attention": False},
+        "MC-Loss without its diversity term": MC | {"lambda_div": 0},
+    }
     wanted["baseline"] = ("cub", "top1", ours)
-    both, undiverse = {"attention": False}, MC | {"lambda_div": 0}
-    toy = [("MC-Loss on both maps, without attention", both, None), ("TDSA-Loss", {}, None)]
-    toy = [*((name, changes, None) for name, changes, _ in ours[:2]), *toy]
-    wanted["toy"] = ("toy", "top1", [*toy, ("MC-Loss without its diversity term", undiverse, None)])
-    assert wanted == {key: (t.data, t.metric, list(t.rows)) for key, t in tdsa.TABLES.items()}
+    wanted["toy"] = ("toy", "top1", [(*row, None) for row in toy.items()])
+    found = {key: (t.data, t.metric, sorted(t.rows, key=str)) for key, t in tdsa.TABLES.items()}
+    assert found == {key: (*rest, sorted(rows, key=str)) for key, (*rest, rows) in wanted.items()}
     titles = [tdsa.TABLES[n].title.split(":")[0] for n in PAPER]
     assert titles == [f"Table {n}" for n in ("II", "III", "IV", "V", "VI", "VII", "VIII")]
 
@@ -607,3 +554,5 @@ def test_settings_that_do_not_go_together_are_refused_with_what_to_do():
             model_of(aligned=aligned)
     with pytest.raises(ValueError, match="--weights default: only for vgg16 and resnet18"):
         model_of(weights="default")
+    with pytest.raises(ValueError, match="48 channels do not fit 60 classes.*--aligned both"):
+        model_of(60, loss="mc", aligned="none")
