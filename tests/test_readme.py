@@ -1,0 +1,79 @@
+"""What README.md says is so: its Python runs, its numbers are in results/, its tests exist, lines fit."""
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 60), "green").save("photo.jpg")
+    assert train.main(["--method", "tnet", "--toy-train", "4", "--toy-test", "1", "--epochs", "1"]) == 0
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(block, names)
+    assert names["row"].sum().item() == pytest.approx(1, abs=1e-5) and names["loss"].requires_grad
+    assert (
+        names["boxes"].shape[1:] == (3, 4)
+        and (names["boxes"][..., 2] <= 90).all()
+        and names["images"].shape[0] == 1
+    )
+
+
+CLAIMS = [
+    line.split(" | ")
+    for line in README.splitlines()
+    if re.match(r"\| .*\[file\]\(results/.*± .* \(\d\) \|", line)
+]
+ROWS = {  # which two rows of its file a claim compares
+    "TNet against all pixels": ("TNet, 3 locations", "backbone at full resolution"),
+    "TNet over random cells": ("TNet, 3 locations", "random cells"),
+    "TNet over the best constant cells": ("TNet, 3 locations", "the three best constant cells"),
+    "MC-Loss over cross-entropy": ("MC-Loss", "cross-entropy"), "TDSA over MC-Loss": ("TDSA-Loss", "MC-Loss"),
+    "DCAL over the plain ViT": ("DCAL", "plain ViT"), "multi-stage ViT: the object again": ("a, b", "a"),
+    "multi-stage ViT: parts on top": ("a, b, c", "a, b"), "MSPS over MViTv2": ("MSPS", "plain MViTv2"),
+    "M2Former, all over MSPS": ("all", "MSPS"),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim[0][2:40])
+def test_a_claims_difference_and_verdict_follow_from_the_seeds_in_its_file(claim):
+    first, second = next(rows for name, rows in ROWS.items() if claim[0][2:].startswith(name))
+    file = re.search(r"\((results/.*?\.json)\)", claim[0])[1]
+    ours = {row["row"]: row["ours"] for row in json.loads((ROOT / file).read_text())["rows"]}
+    differences = [a - b for a, b in zip(ours[first], ours[second], strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    assert claim[1] == f"{mean:+.1f} ± {error:.1f} ({len(differences)})"
+    assert claim[2] == ("seen" if mean > 2 * error else "contradicted" if mean < -2 * error else "not seen")
+
+
+def test_every_claim_was_found_and_every_file_and_test_that_is_named_exists():
+    assert len(CLAIMS) == 13
+    for text in (README, (ROOT / "results" / "README.md").read_text()):
+        base = ROOT if text is README else ROOT / "results"
+        missing = [path for path in re.findall(r"\]\((?!http)(.*?)\)", text) if not (base / path).exists()]
+        assert not missing
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
+    assert named and all(f"def {name}(" in tests for name in named)
+
+
+def test_lines_are_at_most_110_columns_and_the_readme_170_lines():
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    wide = [
+        f"{path.name}:{i}"
+        for path in files
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 110
+    ]
+    prose = [line for line in README.splitlines() if not re.match(r"[|!]|python3 -m venv", line)]
+    assert not wide and len(README.splitlines()) <= 170 and max(map(len, prose)) <= 110
