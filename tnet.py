@@ -87,7 +87,7 @@ from torch import nn
 import common
 from common import Table, opt
 
-share = partial(opt, least=0, most=1)
+share = partial(opt, most=1)
 
 
 @dataclass(frozen=True)
@@ -110,32 +110,30 @@ class Recipe(common.Recipe):
     locations: str = opt("3", "cells chosen in each grid, level by level: 3; 2x1; 0 is the context alone")
     use_context: bool = opt(True, "off: classify from the attended locations only (Sec. 5.4)")
     policy: str = opt("learned", "which cells; random and fixed are controls", ("learned", "random", "fixed"))
-    fixed_cells: tuple[int, ...] = opt((), "policy=fixed: cells, row by row; the first k are used", least=0)
+    fixed_cells: tuple[int, ...] = opt((), "policy=fixed: cells, row by row; the first k are used")
     # ---- learning rule
     select: str = opt("sample", "in training (Sec. 3.1); topk: authors' code", ("sample", "topk"))
     normalize_logits: bool = opt(True, "divide the location logits by their L2 norm (authors' code)")
-    logit_scale: float = opt(8.0, "then multiply them by this (our choice; authors' code: 1)", least=0)
+    logit_scale: float = opt(8.0, "then multiply them by this (our choice; authors' code: 1)")
     samples: int = opt(1, "M, Monte-Carlo samples of the locations for each image (Eq. 1)", least=1)
-    lambda_f: float = opt(0.1, "weight of the policy terms (Eq. 1; authors' code)", least=0)
+    lambda_f: float = opt(0.1, "weight of the policy terms (Eq. 1; authors' code)")
     lambda_c: float = share(0.3, "share of the pooled prediction in the cross-entropy (Eq. 3)")
     lambda_r: float = share(0.3, "share of the pooled prediction in the reward (Eq. 3)")
     baseline: str = opt("shared", "b of Eq. 2; separate: of R^s and of R^k (ours)", ("shared", "separate"))
     level_cap: int = opt(99, "per-feature terms only up to this level (authors' code)", least=2)
-    contrastive: float = opt(0.0, "weight of the contrastive term (authors' code, birds)", least=0)
-    contrastive_margin: float = share(0.4, "cosine above which two classes repel each other (authors' code)")
-    contrastive_chunk: int = opt(16, "images compared with each other (authors' code: a GPU's)", least=1)
+    contrastive: float = opt(0.0, "weight of the contrastive term (authors' code, birds)")
     # ---- optimizer
-    backbone_lr: float = opt(1.0, "factor on lr for the backbone (authors' code: 0.1 on birds)", least=0)
+    backbone_lr: float = opt(1.0, "factor on lr for the backbone (authors' code: 0.1 on birds)")
     decay_backbone: bool = opt(True, "weight decay also on the backbone (authors' code: not on birds)")
 
     def __post_init__(self):
         super().__post_init__()
         counts, fixed = parse_locations(self.locations), set(self.fixed_cells)
         most, cells = max(counts, default=0), self.grid**2
-        taps = [(grid, tap.base) for (backbone, grid), tap in TAPS.items() if backbone == self.backbone]
-        if taps and (self.grid, self.base_resolution) not in taps:
-            raise ValueError(f"--grid {self.grid} --base-resolution {self.base_resolution}: the map F of "
-                             f"{self.backbone} is read at {taps}; use these, or --backbone small")
+        given = (self.backbone, self.grid, self.base_resolution)
+        if self.backbone != "small" and given not in TAPS:
+            raise ValueError(f"--backbone, --grid, --base-resolution {given}: the map F is read at "
+                             f"{', '.join(map(str, TAPS))}; use one of these, or --backbone small")
         no_pixel = min(self.image_size) * self.cell ** len(counts) < 1
         if most > cells or no_pixel or not (counts or self.use_context):
             raise ValueError(f"--locations {self.locations}: a grid has {cells} cells, a crop needs a pixel, "
@@ -154,17 +152,16 @@ def parse_locations(text):
 class Tap(NamedTuple):
     """Where EfficientNet's map F is taken, and which of its cells are the candidate locations."""
 
-    base: int  # side of a view, in pixels
     stage: int  # of torchvision's `features`
     block: int  # of that stage; its output is F
     lines: slice  # rows, and columns, of F whose centres lie where those of the grid's cells do
 
 
-TAPS = {  # by backbone and grid
-    ("bagnet77", 5): Tap(77, 0, 0, slice(0, 9, 2)),  # of the output of its part 4
-    ("efficientnet_b0", 3): Tap(224, 4, 2, slice(3, 12, 4)),
-    ("efficientnet_b0", 5): Tap(224, 4, 0, slice(3, 12, 2)),
-    **{(f"efficientnet_b{i}", 5): Tap(224, 3, 1, slice(6, 23, 4)) for i in (1, 2, 3, 4)},
+TAPS = {  # by backbone, grid and base resolution
+    ("bagnet77", 5, 77): None,  # BagNet77 takes its own
+    ("efficientnet_b0", 3, 224): Tap(4, 2, slice(3, 12, 4)),
+    ("efficientnet_b0", 5, 224): Tap(4, 0, slice(3, 12, 2)),
+    **{(f"efficientnet_b{i}", 5, 224): Tap(3, 1, slice(6, 23, 4)) for i in (1, 2, 3, 4)},
 }
 
 # Authors' code, unless a section is named: Adam with Keras' epsilon, one drop of the rate, large crops.
@@ -189,7 +186,6 @@ _fmow_en448 = dict(
 )
 _fmow_en896 = dict(_fmow_en448, image_size=(896, 896), dropout=0.3, drop_path=0.2)
 _fmow_en224 = dict(_fmow_en448, image_size=(224, 224), batch_size=64, epochs=60, drop_path=0.5)
-_fmow_boxes = dict(_fmow_en224, epochs=65, boxes=True)
 _cub = replace(
     _imagenet, backbone="efficientnet_b0", base_resolution=224, image_size=(448, 448), cell=0.35,
     locations="5", feature_weighting=True, dropout=0.75, drop_path=0.5, contrastive=100.0,
@@ -226,13 +222,18 @@ def at(locations, **changes):
     return {"eval": {"locations": locations, **changes}}
 
 
+def by_locations(name, papers, changes={}, **evaluation):
+    """Rows of one training evaluated with other numbers of locations; papers: {number: the paper's value}."""
+    return [(f"{name}, {k} locations", changes | at(k, **evaluation), paper) for k, paper in papers.items()]
+
+
 def figure_3(data, training):
     """A baseline and 0 to 5 locations of TNet on EfficientNet-B0 to B4; `training`: overrides of each."""
     rows = []
     for i, changes in enumerate(training):
         backbone = {"backbone": f"efficientnet_b{i}"}
         rows.append((f"EfficientNet-B{i}", backbone | _birds_en, None))
-        rows += [(f"TNet-B{i}, {k} locations", backbone | changes | at(k), None) for k in "012345"]
+        rows += by_locations(f"TNet-B{i}", dict.fromkeys("012345"), backbone | changes)
     return Table(f"Backbones on {data} (Figure 3 plots its values)", data, "top1", tuple(rows))
 
 
@@ -243,42 +244,29 @@ _no_regularisation = {"lambda_c": 1.0, "lambda_r": 1.0}
 TABLES = {
     "1": Table("Hard attention on ImageNet", "imagenet", "top1", (
         ("BagNet-77", _bagnet77, 73.42),
-        ("TNet, 0 locations", at("0"), 67.29),
-        ("TNet, 1 location", at("1"), 73.12),
-        ("TNet, 2 locations", at("2"), 74.12),
-        ("TNet, 3 locations", at("3"), 74.41),
-        ("TNet, 5 locations", at("5"), 74.62),
+        *by_locations("TNet", {"0": 67.29, "1": 73.12, "2": 74.12, "3": 74.41, "5": 74.62}),
     )),
     "2": Table("Scalability on fMoW", "fmow", "top1", (
-        ("EfficientNet-B0, 224, boxes", _fmow_boxes, 69.7),
+        ("EfficientNet-B0, 224, boxes", _fmow_en224 | {"epochs": 65, "boxes": True}, 69.7),
         ("EfficientNet-B0, 224", _fmow_en224, 62.8),
         ("EfficientNet-B0, 448", _fmow_en448, 69.83),
         ("EfficientNet-B0, 896", _fmow_en896, 70.6),
-        ("TNet, 448, 0 locations", at("0"), 47.79),
-        ("TNet, 448, 1 location", at("1"), 70.17),
-        ("TNet, 448, 2 locations", at("2"), 71.46),
-        ("TNet, 448, 3 locations", at("3"), 71.57),
+        *by_locations("TNet, 448", {"0": 47.79, "1": 70.17, "2": 71.46, "3": 71.57}),
         ("TNet, 896, 4 locations", _from_448, 72.16),
         ("TNet, 896, 6 locations", _from_448 | at("2x2"), 71.92),
     )),
     "fig3": figure_3("cub", ({}, {}, {}, {}, {"epochs": 125})),
     "fig3-nabirds": figure_3("nabirds", ({}, {}, {}, {"locations": "3"}, {"locations": "3"})),
     "5.4": Table("Attended locations without the context on ImageNet (Sec. 5.4)", "imagenet", "top1", (
-        ("TNet, 2 locations, no context", at("2", use_context=False), 67.95),
-        ("TNet, 3 locations, no context", at("3", use_context=False), 69.66),
-        ("TNet, 5 locations, no context", at("5", use_context=False), 71.05),
+        *by_locations("TNet, no context", {"2": 67.95, "3": 69.66, "5": 71.05}, use_context=False),
     )),
     "5.4-fmow": Table("Share of the image that is looked at on fMoW (Sec. 5.4)", "fmow", "coverage", (
         ("TNet, 448, 2 locations", at("2"), None),
         ("TNet, 896, 4 locations", _from_448, 37.91),  # at level 3 under 12.5
     )),
     "5.5": Table("Per-feature regularisation on ImageNet (Sec. 5.5)", "imagenet", "top1", (
-        ("with, 1 location", at("1"), 73.12),
-        ("with, 3 locations", at("3"), 74.41),
-        ("with, 5 locations", at("5"), 74.62),
-        ("without, 1 location", _no_regularisation | at("1"), 65.21),
-        ("without, 3 locations", _no_regularisation | at("3"), 67.33),
-        ("without, 5 locations", _no_regularisation | at("5"), 68.55),
+        *by_locations("with", {"1": 73.12, "3": 74.41, "5": 74.62}),
+        *by_locations("without", {"1": 65.21, "3": 67.33, "5": 68.55}, _no_regularisation),
     )),
     "toy": Table("Where to look, on the toy birds", "toy", "top1", (
         ("TNet, 3 locations", {}, None),
@@ -330,8 +318,8 @@ def cell_boxes(size, grid, fraction):
     return [(x1, y1, x2, y2) for y1, y2 in lines[0] for x1, x2 in lines[1]]
 
 
-def crop(images, owner, boxes, size, margin):
-    """Boxes (n, 4), all of size (h, w), of images (B, 3, H, W), box i of image owner[i] -> (n, 3, h, w).
+def crop(images, boxes, size, margin):
+    """Boxes (B, m, 4), all of size (h, w), of images (B, 3, H, W) -> (B * m, 3, h, w).
 
     They reach over the edge by at most `margin` pixels, where the crops are zero. Unfolding gives a view of
     all windows without copying; indexing it reads the chosen ones only.
@@ -339,7 +327,8 @@ def crop(images, owner, boxes, size, margin):
     if margin:
         images = F.pad(images, (margin,) * 4)
     windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, 3, rows, columns, h, w)
-    return windows[owner, :, boxes[:, 1] + margin, boxes[:, 0] + margin]
+    owner = torch.arange(len(images), device=images.device)[:, None]
+    return windows[owner, :, boxes[..., 1] + margin, boxes[..., 0] + margin].flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------- the modules (Sec. 3.2)
@@ -476,7 +465,6 @@ class TNet(nn.Module):
         self.location.requires_grad_(self.learns_where)
         self.register_buffer("baseline", torch.full((2,), 0.5))  # b of Eq. 2, for R^s and for R^k
         self.rewards = []  # of the parts of a batch so far, for Eq. 2
-        initialize(self)
 
     def rescale(self, views):
         """Any view -> base resolution, bilinear without a low-pass filter (authors' code)."""
@@ -503,11 +491,10 @@ class TNet(nn.Module):
         """Processing flow (Sec. 3.1, Fig. 2): images (B, 3, H, W) -> all Views."""
         r, n = self.recipe, self.recipe.grid
         F_map, V, _ = self.backbone(self.rescale(images))  # level 1: the whole image, downscaled
-        owner = torch.arange(len(images), device=images.device)
         (B, _, height, width), margin = images.shape, 0
-        whole, one = owner.new_tensor((0, 0, width, height)), V.new_ones(B, 1, dtype=torch.float32)
-        levels = [Views(V[:, None], owner.new_zeros(B, 1, 3), whole.expand(B, 1, 4), one, one.log(),
-                        one[:, :0], one.new_zeros(B, 0, n * n))]
+        whole = torch.tensor((0, 0, width, height), device=images.device).expand(B, 1, 4)
+        one, none = V.new_ones(B, 1, dtype=torch.float32), V.new_zeros(B, 0, n * n, dtype=torch.float32)
+        levels = [Views(V[:, None], 0 * whole[..., :3], whole, one, one.log(), none.sum(-1), none)]
         for k in self.locations:
             above = levels[-1]
             # choose k cells in the grid of each view of the level above, of which an image has g
@@ -518,19 +505,17 @@ class TNet(nn.Module):
             reached = above.reached[:, :, None] * log_probs.detach().exp().view(B, -1, k)  # (B, g, k)
             # where they lie in scale-space, and in the image
             steps = torch.stack((cells // n, cells % n, torch.ones_like(cells)), -1).view(B, -1, k, 3)
-            places = above.places[:, :, None] * owner.new_tensor((n, n, 1)) + steps  # (B, g, k, 3)
+            places = above.places[:, :, None] * cells.new_tensor((n, n, 1)) + steps  # (B, g, k, 3)
             grid = cell_boxes((height, width), n, r.cell)
-            inside = owner.new_tensor(grid)[cells].view(B, -1, k, 4)  # in pixels of the view that they divide
-            boxes = (above.boxes[:, :, None, [0, 1, 0, 1]] + inside).flatten(1, 2)  # (B, g * k, 4)
+            inside = cells.new_tensor(grid)[cells].view(B, -1, k, 4)  # in pixels of the view that they divide
+            boxes = (above.boxes[:, :, None, [0, 1, 0, 1]] + inside).flatten(1, 2)  # (B, m, 4), m = g * k
             x1, y1, x2, y2 = grid[0]
             height, width, margin = y2 - y1, x2 - x1, margin + max(0, -x1, -y1)
             # look at them: all crops of the level in one batch
-            m = boxes.shape[1]
-            crops = crop(images, owner.repeat_interleave(m), boxes.flatten(0, 1), (height, width), margin)
-            F_map, V, _ = self.backbone(self.rescale(crops))
-            policies = logits.softmax(-1).view(B, -1, n * n)
-            levels.append(Views(V.view(B, m, -1), places.flatten(1, 2), boxes, reached.flatten(1),
-                                log_probs.view(B, m), choices.view(B, -1), policies))
+            F_map, V, _ = self.backbone(self.rescale(crop(images, boxes, (height, width), margin)))
+            levels.append(Views(V.unflatten(0, (B, -1)), places.flatten(1, 2), boxes, reached.flatten(1),
+                                log_probs.view(B, -1), choices.view(B, -1),
+                                logits.softmax(-1).view(B, -1, n * n)))
         views = Views(*(torch.cat(parts, 1) for parts in zip(*levels)))
         return views._replace(vectors=self.position(views.vectors, views.places))
 
@@ -542,7 +527,7 @@ class TNet(nn.Module):
 
     def forward(self, images, targets=None):
         """Images (B, 3, H, W) -> logits (B, K); with targets (B,) -> loss, terms; M samples of an image."""
-        if self.training and targets is not None and self.recipe.samples > 1:
+        if self.training and targets is not None:
             images, targets = (t.repeat_interleave(self.recipe.samples, 0) for t in (images, targets))
         views = self.traverse(images)
         pooled = self.pool(views.vectors if self.recipe.use_context else views.vectors[:, 1:])
@@ -593,10 +578,8 @@ class TNet(nn.Module):
     def heads(self, images):
         """Logits of all vectors, of the context alone and of the attended locations alone (Sec. 5.4)."""
         features = self.traverse(images).vectors
-        vectors = {"all": self.pool(features), "context": features[:, 0]}
-        if self.locations:
-            vectors["attended"] = self.pool(features[:, 1:])
-        return {name: self.classifier(vector) for name, vector in vectors.items()}
+        parts = {"all": features, "context": features[:, :1], "attended": features[:, 1:]}
+        return {name: self.classifier(self.pool(part)) for name, part in parts.items() if part.shape[1]}
 
     @torch.no_grad()
     def where(self, images):
@@ -623,7 +606,6 @@ class WholeImage(nn.Module):
         super().__init__()
         self.recipe, self.backbone = recipe, make_backbone(recipe)
         self.classifier = Classifier(self.backbone.channels, num_classes, recipe)
-        initialize(self)
 
     def forward(self, images, targets=None):
         """Images (B, 3, H, W) -> logits (B, K); with targets (B,) -> loss, terms."""
@@ -650,18 +632,18 @@ class WholeImage(nn.Module):
         common.check_images(images)
         maps, (H, W) = self.evidence(images), images.shape[2:]
         scores, peak = maps.flatten(1).softmax(-1).max(-1, keepdim=True)
-        boxes = common.cells_to_boxes(peak, maps.shape[1:], (H, W))
         size = images.new_tensor((W, H))
-        side = size * self.recipe.cell
-        corner = (boxes.view(-1, 1, 2, 2).mean(2) - side / 2).clamp(min=0).minimum(size - side)
-        return torch.cat((corner, corner + side), -1), scores
+        half = size * self.recipe.cell / 2
+        centre = common.cells_to_boxes(peak, maps.shape[1:], (H, W)).view(-1, 1, 2, 2).mean(2)
+        centre = centre.clamp(half, size - half)
+        return torch.cat((centre - half, centre + half), -1), scores
 
     def figure(self, images):
         """The image with the box of `where`, and the evidence."""
         pages = []
         for image, boxes, evidence in zip(images, self.where(images)[0], self.evidence(images)):
-            picture, zoom = enlarged(image, self.recipe.normalize)
-            shown = [common.draw_boxes(picture, zoom * boxes), common.heat(picture, evidence)]
+            photo = common.to_pil(image, self.recipe.normalize)
+            shown = common.draw_boxes(photo, boxes), common.heat(photo, evidence)
             pages.append(common.panels(shown, ["evidence is strongest", "evidence for the answer"]))
         return pages
 
@@ -670,16 +652,16 @@ def finish(loss, terms, pooled, logits, targets, recipe):
     """The contrastive term of the authors' code joins the loss -> loss, detached terms."""
     terms = terms | {"top1": (logits.argmax(-1) == targets).float().mean()}
     if recipe.contrastive:
-        margin, chunk = recipe.contrastive_margin, recipe.contrastive_chunk
-        terms["contrastive"] = contrastive_loss(pooled, targets, margin, chunk)
+        terms["contrastive"] = contrastive_loss(pooled, targets)
         loss = loss + recipe.contrastive * terms["contrastive"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def contrastive_loss(vectors, targets, margin, chunk):
+def contrastive_loss(vectors, targets, margin=0.4, chunk=16):
     """Vectors of one class attract each other, of two repel above a cosine of `margin` (authors' code).
 
-    (B, C), (B,) -> scalar: the mean over all pairs of a chunk, each image with itself included.
+    (B, C), (B,) -> scalar: the mean over all pairs of a chunk (the code: a GPU's images), each image with
+    itself included.
     """
     losses = []
     for v, t in zip(vectors.float().split(chunk), targets.split(chunk)):
@@ -691,31 +673,26 @@ def contrastive_loss(vectors, targets, margin, chunk):
 # ------------------------------------------------------------------------------- pictures
 
 
-def enlarged(image, normalize):
-    """A normalised image -> picture with room for labels, and how many times larger it is."""
-    picture = common.to_pil(image, normalize)
-    zoom = max(1, 448 // picture.height)
-    return picture.resize((zoom * picture.width, zoom * picture.height)), zoom
-
-
 @torch.no_grad()
 def attention_pages(model, images):
     """Figures 1c and 4: the image with its attended cells, level 1, the policy there, and the crops.
 
     The number of a view is the weight of its vector (w) or, where all weigh the same, its probability (p).
     """
-    r, pages = model.recipe, []
+    n, how, pages = model.recipe.grid, model.recipe.normalize, []
     views, level_1 = model.traverse(images), model.rescale(images)
     letter, numbers = ("w", model.weighting(views.vectors)) if model.weighting else ("p", views.reached)
-    for i, image in enumerate(images):
-        picture, zoom = enlarged(image, r.normalize)
-        boxes = (zoom * views.boxes[i, 1:]).tolist()
+    for i, boxes in enumerate(views.boxes[:, 1:]):
+        photo = common.to_pil(images[i], how)
+        zoom = 448 / photo.height  # room for labels
+        picture = photo.resize((round(zoom * photo.width), 448))
         whole, *labels = [f"{k}: {letter} {number:.2f}" for k, number in enumerate(numbers[i])]
-        policies = [common.heat(picture, policy.view(r.grid, r.grid)) for policy in views.policies[i, :1]]
-        attended = common.draw_boxes(picture, boxes, labels, width=3)
-        shown = [attended, common.to_pil(level_1[i], r.normalize), *policies]
-        captions = ["attended locations", f"{whole}, level 1", *["probability of the cells"] * len(policies)]
-        pages.append(common.panels(shown + [picture.crop(box) for box in boxes], captions + labels))
+        panels = {"attended locations": common.draw_boxes(picture, zoom * boxes, labels, width=3),
+                  f"{whole}, level 1": common.to_pil(level_1[i], how)}
+        for policy in views.policies[i, :1]:
+            panels["probability of the cells"] = common.heat(photo, policy.view(n, n))
+        panels |= zip(labels, map(photo.crop, boxes.tolist()))
+        pages.append(common.panels(panels.values(), panels))
     return pages
 
 
@@ -732,15 +709,14 @@ class Bottleneck(nn.Module):
         self.reduce = nn.Conv2d(inputs, width, 1)
         self.conv = nn.Conv2d(width, width, kernel, stride)
         self.expand = nn.Conv2d(width, 4 * width, 1)
-        same = stride == 1 and inputs == 4 * width
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, 4 * width, 1, stride)
+        self.shortcut = nn.Identity() if inputs == 4 * width else nn.Conv2d(inputs, 4 * width, 1, stride)
 
     def forward(self, x):
         y = leaky(self.reduce(x))
         if self.valid:
             x = x[:, :, 1:-1, 1:-1]
-        elif self.conv.kernel_size == (3, 3):  # as TensorFlow: of stride 2, an even side is padded behind
-            top, left = (1 if self.conv.stride == (1, 1) else side % 2 for side in y.shape[2:])
+        elif self.conv.kernel_size == (3, 3):  # as TensorFlow: of stride 2, an even side only behind
+            top, left = (1 - (side - 1) % self.conv.stride[0] for side in y.shape[2:])
             y = F.pad(y, (left, 1, top, 1))
         y = self.expand(leaky(self.conv(y)))
         return leaky(y + self.shortcut(x))
@@ -791,7 +767,7 @@ class EfficientNet(nn.Module):
             layer.p = drop_path * i / len(drops)
 
     def forward(self, images):
-        _, stage, block, lines = self.tap
+        stage, block, lines = self.tap
         middle = self.features[stage][: block + 1](self.features[:stage](images))
         last = self.features[stage + 1 :](self.features[stage][block + 1 :](middle))
         return middle[:, :, lines, lines], last.mean((2, 3)), last
@@ -822,7 +798,7 @@ def make_backbone(recipe):
         return Small(recipe.width, recipe.grid)
     if recipe.backbone == "bagnet77":
         return BagNet77(recipe.dropout)
-    tap = TAPS[recipe.backbone, recipe.grid]
+    tap = TAPS[recipe.backbone, recipe.grid, recipe.base_resolution]
     return EfficientNet(recipe.backbone, tap, recipe.batch_norm, recipe.drop_path)
 
 
@@ -854,6 +830,7 @@ def build(recipe, num_classes):
     """The model of a recipe, with the weights that it names: torchvision's for the backbone, or a run's."""
     common.check_build(recipe, Recipe, num_classes)
     model = (TNet if recipe.hard_attention else WholeImage)(recipe, num_classes)
+    initialize(model)
     source = recipe.weights
     if source == "none":
         return model
@@ -862,10 +839,10 @@ def build(recipe, num_classes):
             raise ValueError(f"--weights default --backbone {recipe.backbone}: torchvision's weights are of "
                              "EfficientNets, for --batch-norm 1e-5,0.01; or use --weights none")
         url = torchvision.models.get_model_weights(recipe.backbone).DEFAULT.url
-        source = common.fetch(url, url.rsplit("-", 1)[1].removesuffix(".pth"))
+        source = common.fetch(url, url[-12:-4])  # its name ends in its sha256
     state = common.read_state(source)
-    torchvisions = any(name.startswith("features.") for name in state)
-    common.load_state(model.backbone if torchvisions else model, state, heads=("classifier.",), source=source)
+    part = model.backbone if "features.0.0.weight" in state else model  # torchvision's names, or ours
+    common.load_state(part, state, heads=("classifier.",), source=source)
     return model
 
 
@@ -874,13 +851,13 @@ def param_groups(model, recipe):
 
     There is none on BatchNorm, nor, without decay_backbone, on the backbone.
     """
-    norms = {p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()}
     groups = {}
-    for name, p in model.named_parameters():
+    for name, layer in model.named_modules():
         backbone = name.startswith("backbone.")
-        scale, decays = (recipe.backbone_lr, recipe.decay_backbone) if backbone else (1.0, True)
-        decay = recipe.weight_decay if decays and p not in norms else 0.0
-        if p.requires_grad:
-            groups.setdefault((scale, decay), []).append(p)
+        spared = isinstance(layer, nn.BatchNorm2d) or (backbone and not recipe.decay_backbone)
+        key = recipe.backbone_lr if backbone else 1.0, 0.0 if spared else recipe.weight_decay
+        for p in layer.parameters(recurse=False):
+            if p.requires_grad:
+                groups.setdefault(key, []).append(p)
     return [{"params": params, "lr_scale": scale, "weight_decay": decay}
             for (scale, decay), params in groups.items()]
