@@ -12,7 +12,6 @@ with any number of workers or processes.
 """
 import colorsys
 import contextlib
-import csv
 import dataclasses
 import functools
 import glob
@@ -24,10 +23,8 @@ import os
 import re
 import struct
 import tarfile
-import warnings
 import zlib
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,10 +68,9 @@ class Split:
 
     def take(self, indices):
         """The images of `indices`, in that order, as a new Split."""
-        lists = {name: value for name, value in vars(self).items() if isinstance(value, (list, np.ndarray))}
-        for name, value in lists.items():
-            lists[name] = [value[i] for i in indices] if isinstance(value, list) else value[indices]
-        return dataclasses.replace(self, **lists)
+        taken = {k: v[indices] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        taken |= {k: [v[i] for i in indices] for k, v in vars(self).items() if isinstance(v, list)}
+        return dataclasses.replace(self, **taken)
 
 
 @dataclass
@@ -92,8 +88,8 @@ class Splits:
 
 ORDER, ITEM = 1, 2  # first word of a random stream: what it is for
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic")}
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no others: EPS would start Ghostscript
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+FORMATS = "JPEG PNG WEBP TIFF BMP GIF PPM".split()  # no others: EPS would start Ghostscript
+EXTENSIONS = tuple(".jpg .jpeg .png .webp .tif .tiff .bmp .gif .ppm .pgm".split())
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> the Image.Transpose that undoes it
 QUARTERS = (2, 4, 5, 6)  # of these, the ones in which width and height change places
 
@@ -108,8 +104,8 @@ def list_photos(paths):
     """Paths of photos and of folders of photos -> paths of photos."""
     found = []
     for path in map(str, paths):
-        inside = photos_in(path) if os.path.isdir(path) else [path]
-        if not inside or not os.path.exists(path):
+        inside = photos_in(path) if os.path.isdir(path) else glob.glob(glob.escape(path))
+        if not inside:
             raise FileNotFoundError(f"{path}: no such photo, or no photos in it: {' '.join(EXTENSIONS)}")
         found += inside
     return found
@@ -120,8 +116,6 @@ def named(path):
     """Whatever goes wrong inside with a photo becomes one message that names it."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such photo; unpack the dataset again") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         why = str(error) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as a photo ({why}); replace or remove the file") from None
@@ -129,8 +123,8 @@ def named(path):
 
 def header(path, upright):
     """Open a photo without decoding it -> (PIL image, how to turn it, its size (h, w) once turned)."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("not a regular file")
+    if not os.path.isfile(path):
+        raise ValueError("no such file")
     image, turn = Image.open(path, formats=FORMATS), None
     w, h = image.size
     if w * h > (2**27 if "progressive" in image.info else 2**28) or max(w, h) > 2**16:
@@ -144,18 +138,18 @@ def header(path, upright):
 def decode(image, turn, need):
     """Opened photo of any kind -> RGB, turned, over white. A JPEG may be smaller, down to `need` (w, h).
 
-    What has to be held in several copies may have fewer pixels: less than 2 GB at any time.
+    What is held in several copies may have fewer pixels: less than 2 GB at any time.
     """
     image.draft("RGB", need[::-1] if turn in QUARTERS else need)
-    mode, info = image.mode, image.info.keys()
-    heavy = turn is not None or mode not in ("L", "RGB") or image.format in ("WEBP", "TIFF")
-    if image.width * image.height > (2**26 if heavy or {"progressive", "transparency"} & info else 2**28):
-        raise ValueError(f"{image.width} x {image.height} pixels are too many for a photo of this kind")
-    if mode == "F" or mode == "I" and image.format == "TIFF":
+    w, h = image.size
+    once = image.mode in ("L", "RGB") and turn is None and image.format not in ("WEBP", "TIFF")
+    if w * h > 2**26 and (not once or {"progressive", "transparency"} & image.info.keys()):
+        raise ValueError(f"{w} x {h} pixels are too many for a photo of this kind")
+    if image.mode in ("F", "I") and image.format == "TIFF":
         raise ValueError("pixels of 32 bits, whose range nobody knows; save it with 8 or 16")
-    if mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip it to white
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in info:
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "RGB":
@@ -168,10 +162,9 @@ def open_photo(path, upright=True, longest=None):
     """A photo for pictures -> PIL RGB, its longer side at most `longest` pixels."""
     with named(path):
         image, turn, (h, w) = header(path, upright)
-        share = min(1, (longest or math.inf) / max(w, h))
-        size = max(1, round(w * share)), max(1, round(h * share))
-        image = decode(image, turn, size)
-        image.thumbnail(size, FILTERS["bicubic"])
+        longest = longest or max(w, h)
+        image = decode(image, turn, (longest * w / max(w, h), longest * h / max(w, h)))
+        image.thumbnail((longest, longest), FILTERS["bicubic"])
         return image
 
 
@@ -310,7 +303,7 @@ class Photos(torch.utils.data.Dataset):
         try:
             with named(self.split.paths[index]):
                 image, shown = self.read(index, rng)
-        except (ValueError, FileNotFoundError):
+        except ValueError:
             if not self.skip:
                 raise
             if self.train:
@@ -328,7 +321,7 @@ class Photos(torch.utils.data.Dataset):
         if split.images is None:
             image, turn, (h, w) = header(split.paths[index], split.upright)
         else:
-            image = Image.fromarray(split.images[index])
+            image, turn = Image.fromarray(split.images[index]), None
             w, h = image.size
         region = (0, 0, w, h - split.banner)
         if recipe.boxes:
@@ -336,8 +329,7 @@ class Photos(torch.utils.data.Dataset):
         x1, y1, x2, y2 = box = view(region, recipe, rng)
         H, W = recipe.image_size
         need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
-        if split.images is None:
-            image = decode(image, turn, need)
+        image = decode(image, turn, need)
         kx, ky = image.width / w, image.height / h  # below 1 where decoding made it smaller
         resample = FILTERS.get(recipe.interpolation, FILTERS["bilinear"])
         if rng and recipe.interpolation == "random":
@@ -367,12 +359,11 @@ def epoch_batches(split, recipe, seed, epoch, rank=0, size=1):
         )
     rng, batch = np.random.default_rng([ORDER, seed, epoch]), min(n, recipe.batch_size)
     if K:
-        batch = recipe.batch_size
-        batches = identity_batches(np.array(split.labels), batch // K, K, rng)
+        batches = identity_batches(np.array(split.labels), recipe.batch_size // K, K, rng)
     else:
         batches = rng.permutation(n)[: n // batch * batch].reshape(-1, batch).tolist()
-    low, high = (batch * r // size for r in (rank, rank + 1))
-    return [[(epoch, i) for i in some[low:high]] for some in batches]
+    share = lambda some: some[len(some) * rank // size : len(some) * (rank + 1) // size]
+    return [[(epoch, i) for i in share(some)] for some in batches]
 
 
 def identity_batches(labels, P, K, rng):
@@ -406,69 +397,59 @@ def load(name, root, recipe, skip_bad=False):
     Own photos are looked through first; `skip_bad` leaves out what cannot be read, and the note says so.
     Raises ValueError or FileNotFoundError that says what was given, what is allowed and what to do next.
     """
-    if name not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise ValueError(f"--data {name}: no such dataset; choose one of {known}; folder is for own photos")
     if name != "toy" and not os.path.isdir(root or ""):
         given = f"--root {root} is no folder" if root else "it needs a folder"
         raise FileNotFoundError(f"--data {name}: {given}; add --root DIR, the dataset's, or try --data toy")
-    if name in SETS:
-        splits = load_official(name, find(name, Path(root)), recipe)
-    else:
-        splits = DATASETS[name](root and Path(root), recipe)
-    notes, fraction = [splits.note], recipe.val_fraction
+    root, fraction = Path(root or "."), recipe.val_fraction
+    splits = load_official(name, root, recipe) if name in SETS else DATASETS[name](root, recipe)
     if name == "folder":
-        notes.append(look_through(splits, skip_bad))
+        look_through(splits, skip_bad)
     if splits.test is None and not fraction:
         raise ValueError(
             f"--root {root}: no test or val folder; put photos into DIR/train/CLASS/ and DIR/test/CLASS/, "
             "or add --val-fraction 0.2 to test on a fifth of them"
         )
     if fraction:
-        if splits.test and (splits.val or splits.test.query):
+        if splits.val or splits.test and splits.test.query:
             raise ValueError(f"--val-fraction {fraction}: {name} has val or query images; leave it out")
         splits.train, held = hold_out(splits.train, fraction)
         if not held:
             raise ValueError(f"--val-fraction {fraction}: no class has two photos; add some or leave it out")
-        if splits.test is None:
-            splits.test = held
-            notes.append("the test images were cut from train")
-        else:
+        if splits.test:
             splits.val = held
+        else:
+            splits.test = held
+            splits.note += "; the test images were cut from train"
     train, test, val, classes = splits.train, splits.test, splits.val, splits.classes
-    untested = [] if test.query else sorted(set(train.labels) - set(test.labels))
-    if untested:
-        more = f" and {len(untested) - 5} other classes" if untested[5:] else ""
-        notes.append(f"no test images of {', '.join(classes[label] for label in untested[:5])}{more}")
+    if not test.query and (untested := sorted(set(train.labels) - set(test.labels))):
+        names = ", ".join(classes[label] for label in untested[:5])
+        splits.note += f"; no test images of {names}{', ...' * (len(untested) > 5)}"
     counts = f"{len(train):,} train,{f' {len(val):,} val,' if val else ''} {len(test):,} test images"
-    kind = "training identities" if test.query else "classes"
-    splits.note = "; ".join(filter(None, [f"{counts} of {len(classes)} {kind}", *notes]))
+    splits.note = f"{counts} of {len(classes)} classes{splits.note}"
     return splits
 
 
-def load_official(name, base, recipe):
-    """An official set from its folder -> Splits; counts of a full set that are not as published are noted.
+def load_official(name, root, recipe):
+    """An official set -> Splits; other counts than the published ones are noted.
 
     Whatever is wrong with it becomes one error that says so; `reading` names the file.
     """
-    files_in = functools.cache(lambda folder: set(os.listdir(folder)))
+    base = find(name, root)
     try:
         splits = DATASETS[name](base, recipe)
         paths = [path for split in (splits.train, splits.test, splits.val) if split for path in split.paths]
-        lost = [path for path in paths if os.path.basename(path) not in files_in(os.path.dirname(path))]
+        lost = [path for path in paths if not os.path.exists(path)]
         if lost:
             share = f"{len(lost):,} of {len(paths):,} photos are missing"
             raise ValueError(f"{lost[0]} is listed but not there ({share})")
         if not (splits.train and splits.test):
             raise ValueError("there are no training or no test photos")
+        found = len(splits.classes), len(splits.train), len(splits.test)
     except Exception as error:  # of text, numbers, JSON, XML, MATLAB files
         wrong = f"{base} is damaged or not the official release: {error or type(error).__name__}"
         raise ValueError(f"--data {name}: {wrong}; {AGAIN}") from None
-    found, published = (len(splits.classes), len(splits.train), len(splits.test)), SETS[name][2:5]
-    full = any(n >= 0.9 * m > 0 for n, m in zip(found[1:], published[1:]))
-    if full and found != published and recipe.train_split == "trainval":
-        off = f"classes, training and test images are {found}, not {published} as published"
-        splits.note = f"{splits.note}; {off}".strip("; ")
+    if found != SETS[name][2:5] and recipe.train_split == "trainval":
+        splits.note += f"; classes, training and test images: {found}, published: {SETS[name][2:5]}"
     return splits
 
 
@@ -477,70 +458,52 @@ def hold_out(split, fraction):
 
     At least one image on each side; the single image of a class stays.
     """
-    of_class, held = {}, set()
-    for i, label in enumerate(split.labels):
-        of_class.setdefault(label, []).append(i)
-    for members in of_class.values():
-        members.sort(key=lambda i: hashlib.sha256(os.path.basename(split.paths[i]).encode()).digest())
-        held.update(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    left = {label: min(max(1, round(fraction * n)), n - 1) for label, n in Counter(split.labels).items()}
+    keys, held = [hashlib.sha256(os.path.basename(path).encode()).digest() for path in split.paths], set()
+    for i in sorted(range(len(split)), key=keys.__getitem__):
+        if left[split.labels[i]]:
+            left[split.labels[i]] -= 1
+            held.add(i)
     return split.take(sorted(set(range(len(split))) - held)), split.take(sorted(held))
 
 
 def look_through(splits, skip_bad):
-    """Read the header of every own photo -> a note; those that cannot be read are left out, or all named."""
-    sides = {side: split for side, split in vars(splits).items() if isinstance(split, Split)}
-    faults = {path: why for split in sides.values() for path in split.paths if (why := fault(path))}
-    if not faults:
-        return ""
-    listed = ", ".join(f"{path} ({why})" for path, why in list(faults.items())[:20])
-    listed = f"{len(faults)} photos cannot be read: {listed}{', ...' * (len(faults) > 20)}"
-    if not skip_bad:
-        raise ValueError(f"{listed}; replace or remove them, or add --skip-bad-images to leave them out")
-    for side, split in sides.items():
-        setattr(splits, side, split.take([i for i, path in enumerate(split.paths) if path not in faults]))
-    return f"left out: {listed}"
-
-
-def fault(path):
-    """What keeps a file from being a photo, as far as its header tells; "" if nothing does."""
-    try:
-        header(path, True)[0].close()
-        return ""
-    except FileNotFoundError:
-        return "a link that leads nowhere"
-    except ValueError as error:  # of header
-        return str(error)
-    except Exception:  # Pillow raises a dozen kinds
-        return "no photo" if os.path.getsize(path) else "empty"
+    """Read the header of every own photo: those that cannot be read are all named, or left out and noted."""
+    bad = {}
+    for side, split in vars(splits).items():
+        if isinstance(split, Split):
+            for path in split.paths:
+                try:
+                    header(path, True)[0].close()
+                except Exception as error:  # Pillow raises a dozen kinds
+                    bad[path] = str(error).partition(" '")[0]
+            setattr(splits, side, split.take([i for i, path in enumerate(split.paths) if path not in bad]))
+    if bad:
+        listed = ", ".join(f"{path} ({why})" for path, why in [*bad.items()][:20]) + ", ..." * (len(bad) > 20)
+        if not skip_bad:
+            advice = "replace or remove them, or add --skip-bad-images to leave them out"
+            raise ValueError(f"{len(bad)} photos cannot be read: {listed}; {advice}")
+        splits.note += f"; left out: {listed}"
 
 
 def folders_in(folder):
-    """Folders inside a folder, by name, without hidden ones."""
-    found = sorted(d for d in folder.iterdir() if not d.name.startswith("."))
-    for d in found:
-        if not d.exists():
-            raise ValueError(f"{d} is a link that leads nowhere; mend or remove it")
-    return [d for d in found if d.is_dir()]
+    """Folders inside a folder, by name, without hidden ones; links that lead nowhere too, to be named."""
+    return sorted(d for d in folder.iterdir() if not d.is_file() and not d.name.startswith("."))
 
 
 def class_folders(folder, classes=None):
     """A folder of class folders -> (Split, class names); `classes` of train fixes the labels."""
     folders, paths, labels = folders_in(folder), [], []
     if len(folders) < (1 if classes else 2):
-        inner = [d.name for f in folders for d in folders_in(f)]
-        some = ", ".join(inner[:5])
-        deep = f"; {some} in {folders[0]} are one level too deep: move them up" if inner else ""
         raise ValueError(
             f"{folder} holds {len(folders)} class folders; put the photos of each class into a folder of "
-            f"their own, of at least two classes: {folder}/CLASS/photo.jpg{deep}"
+            f"their own, of at least two classes: {folder}/CLASS/photo.jpg, no level deeper"
         )
     classes = classes or [d.name for d in folders]
     for d in folders:
         found = photos_in(d)
-        if d.name not in classes:
-            raise ValueError(f"{d} is of a class that train has not; rename or remove it")
-        if not found:
-            raise ValueError(f"{d} holds no photos ({' '.join(EXTENSIONS)}); add some or remove the folder")
+        if d.name not in classes or not found:
+            raise ValueError(f"{d} holds no photos ({' '.join(EXTENSIONS)}), or train has no such class")
         paths += found
         labels += [classes.index(d.name)] * len(found)
     return Split(paths, labels), classes
@@ -554,15 +517,14 @@ def load_folder(root, recipe):
             raise ValueError(f"--root {root} looks like {name}, an official set: use --data {name}")
     named = {d.name.lower(): d for d in folders_in(root)}
     at = [named[n] for n in ("test", "testing", "val", "valid", "validation") if n in named]
-    first = named.get("train", named.get("training"))
-    if at and not first:
+    first = named.get("train", named.get("training", root))
+    if at and first == root:
         raise ValueError(f"{root} has {at[0].name} and no train; put photos into {root}/train/CLASS/")
-    train, classes = class_folders(first or root)
+    train, classes = class_folders(first)
     test, val, *_ = [class_folders(d, classes)[0] for d in at] + [None, None]
     for split in filter(None, (train, test, val)):
         split.upright = True
-    note = "; ".join(f"{side} is {d}" for side, d in zip(("test", "val"), at))
-    return Splits(train, test, classes, val, note)
+    return Splits(train, test, classes, val, f"; test is {at[0]}" if at else "")
 
 
 # ------------------------------------------------------------------------------------------- official sets
@@ -574,18 +536,18 @@ BIRDS = "images images.txt image_class_labels.txt train_test_split.txt classes.t
 PERSONS, VEHICLES = "bounding_box_train query bounding_box_test", "image_train image_query image_test"
 # folders: of the set, in --root unless that is it already; files: what it holds, "|" parts alternatives;
 # classes (identities), training, test images (queries and gallery) as published, 0 where that is not known;
-# source: the archives with their sha256, or whom to ask; into: the folder in --root that they unpack into
-Source = namedtuple("Source", "folders files classes train test source into", defaults=("",))
+# source: whom to ask for the archives, or these with their sha256
+Source = namedtuple("Source", "folders files classes train test source archives", defaults=((),))
 SETS = {
     "imagenet": Source(
         "ILSVRC/Data/CLS-LOC Data/CLS-LOC", "train val", 1000, 1281167, 50000,
         "get it from image-net.org or Kaggle (by registration; ILSVRC2012_img_train.tar and _val.tar)",
     ),
-    "cub": Source("CUB_200_2011", BIRDS, 200, 5994, 5794, [
+    "cub": Source("CUB_200_2011", BIRDS, 200, 5994, 5794, "add --download", [
         (f"{CALTECH}/CUB_200_2011.tgz", "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
     ]),
     "nabirds": Source(
-        "nabirds nabirds/nabirds", BIRDS, 555, 23929, 24633,
+        "nabirds/nabirds nabirds", BIRDS, 555, 23929, 24633,
         "get it from https://dl.allaboutbirds.org/nabirds (a form to agree to; nabirds.tar.gz)",
     ),
     "cars": Source(
@@ -597,20 +559,22 @@ SETS = {
     ),
     "aircraft": Source(
         "fgvc-aircraft-2013b/data data", "images variants.txt images_box.txt", 100, 6667, 3333,
+        "add --download",
         [(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
           "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75")],
     ),
-    "flowers": Source("flowers-102", "jpg imagelabels.mat setid.mat", 102, 2040, 6149, [
+    "flowers": Source("flowers-102", "jpg imagelabels.mat setid.mat", 102, 2040, 6149, "add --download", [
         (f"{OXFORD}/flowers/102/102flowers.tgz",
          "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
         (f"{OXFORD}/flowers/102/imagelabels.mat", ""),
         (f"{OXFORD}/flowers/102/setid.mat", ""),
-    ], "flowers-102"),
-    "dogs": Source("ImageNetDogs", "Images train_list.mat test_list.mat", 120, 12000, 8580, [
+    ]),
+    "dogs": Source("ImageNetDogs", "Images train_list.mat test_list.mat", 120, 12000, 8580,
+                   "add --download", [
         (f"{STANFORD}/images.tar", "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
         (f"{STANFORD}/annotation.tar", "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
         (f"{STANFORD}/lists.tar", "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c"),
-    ], "ImageNetDogs"),
+    ]),
     "plant": Source(
         "plant-pathology-2020-fgvc7 cassavaleafdata cassava-disease",
         "train.csv images|train/cbb train/cbsd train/cgm train/cmd train/healthy", 5, 0, 0,
@@ -641,21 +605,15 @@ SETS = {
 
 
 def find(name, root):
-    """The folder of an official set: root, or the official folder in it."""
+    """The folder of an official set: the official folder in root, or root itself."""
     source = SETS[name]
-    bases = [root] + [root / folder for folder in source.folders.split()]
-    layouts = [files.split() for files in source.files.split("|")]
-    tried = [
-        ([file for file in files if not (base / file).exists()], len(files), base)
-        for base in bases for files in layouts
-    ]
-    lost, _, base = min(tried, key=lambda t: len(t[0]) / t[1])  # the first that lacks the smallest share
-    if lost:
-        advice = source.source
-        if isinstance(advice, list):
-            advice = f"add --download, or get it from {' '.join(url for url, _ in advice)}"
-        advice += f" and unpack it into {root}, as {source.folders.split()[0]}"
-        raise FileNotFoundError(f"--data {name}: {base} lacks {', '.join(lost)}; {advice}")
+    base = next((root / folder for folder in source.folders.split() if (root / folder).exists()), root)
+    lost = [[f for f in files.split() if not (base / f).exists()] for files in source.files.split("|")]
+    if all(lost):
+        files, (folder, *_) = " or ".join(map(" ".join, lost)), source.folders.split()
+        raise FileNotFoundError(
+            f"--data {name}: {base} lacks {files}; {source.source} and unpack it into {root}, as {folder}"
+        )
     return base
 
 
@@ -664,8 +622,6 @@ def reading(path):
     """The bytes of a file of a set; whatever is wrong with them inside becomes an error that names it."""
     try:
         yield path.read_bytes()
-    except OSError:
-        raise
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}"[:400]) from None
 
@@ -713,8 +669,6 @@ def read_mat(data):
             if kind >> 16:
                 kind, size, start = kind & 0xFFFF, kind >> 16, 4
             end = start + size
-            if end > len(view):
-                raise ValueError("it is cut short")
             yield kind, view[start:end]
             view = view[end if kind == 15 else end + -end % 8 :]  # 15 is compressed, and not padded
 
@@ -738,11 +692,10 @@ def read_mat(data):
 
     if data[124:128] != b"\0\1IM":
         raise ValueError("no MATLAB level 5 file")
-    room, variables = 2**25, {}  # bytes that compressed variables may take; the official files need 2 MB
+    variables = {}
     for kind, payload in elements(memoryview(data)[128:]):
         if kind == 15:
-            payload = zlib.decompressobj().decompress(payload, room)
-            room -= len(payload) - 1
+            payload = zlib.decompressobj().decompress(payload, 2**25)  # bytes; the official files need 2 MB
             ((_, payload),) = elements(memoryview(payload))
         name, value = matrix(payload)
         variables[name] = value
@@ -775,18 +728,18 @@ def splits_of(rows, keys, classes, note="", first=0, **more):
 
 def load_imagenet(base, recipe):
     """ILSVRC2012: folders of wnids in train and val; of Kaggle's val, LOC_val_solution.csv has the labels."""
-    kaggle = {path.name: path for folder in (base, *base.parents[:3]) for path in folder.glob("LOC_*")}
+    solution, mapping = base / "../../../LOC_val_solution.csv", base / "../../../LOC_synset_mapping.txt"
     train, wnids = class_folders(base / "train")
-    if "LOC_val_solution.csv" in kaggle and not folders_in(base / "val"):
-        labels, paths = Lines(kaggle["LOC_val_solution.csv"], separator=","), photos_in(base / "val")
+    if solution.exists() and not folders_in(base / "val"):
+        labels, paths = Lines(solution, separator=","), photos_in(base / "val")
         test = Split(paths, [wnids.index(labels[Path(path).stem].split()[0]) for path in paths])
     else:
         test, _ = class_folders(base / "val", wnids)
     names = {}
     if len(wnids) == 1000:
         names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # are in the order of the wnids
-    elif "LOC_synset_mapping.txt" in kaggle:
-        names = Lines(kaggle["LOC_synset_mapping.txt"], lambda rest: rest.split(",")[0])
+    elif mapping.exists():
+        names = Lines(mapping, lambda rest: rest.split(",")[0])
     return Splits(train, test, [names.get(wnid, wnid) for wnid in wnids])
 
 
@@ -885,7 +838,7 @@ def load_dogs(base, recipe):
                     rows[-1].append(max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])))
     breeds = sorted({row[2] for row in rows})
     classes = [breed.partition("-")[2].replace("_", " ") for breed in breeds]
-    note = "all its photos, those of test too, are in ImageNet's training set: weights from there saw them"
+    note = "; all its photos, those of test too, are in ImageNet's training set: weights from there saw them"
     return splits_of(sorted(rows), breeds, classes, note)
 
 
@@ -895,9 +848,8 @@ def load_plant(base, recipe):
     The paper calls its set Plant Pathology, but the 5 classes and 9,436 images of its Table 1 are iCassava's.
     The test labels of both are hidden: a fifth of each class is the test split, if there is no folder of it.
     """
-    table, version = base / "train.csv", "iCassava 2019"
+    table = base / "train.csv"
     if table.exists():
-        version = "Plant Pathology 2020"
         with reading(table) as content:
             (head, *classes), *lines = (line.split(",") for line in content.decode("utf-8-sig").split())
             if head != "image_id":
@@ -909,8 +861,8 @@ def load_plant(base, recipe):
         train, classes = class_folders(base / "train")
     if (base / "test" / classes[0]).exists():
         test, val = (class_folders(base / side, classes)[0] for side in ("test", "validation"))
-        return Splits(train, test, classes, val, version)
-    note = f"{version}; its test labels are hidden: a fifth of each labelled class is the test split"
+        return Splits(train, test, classes, val)
+    note = "; its test labels are hidden: a fifth of each labelled class is the test split"
     return Splits(*hold_out(train, 0.2), classes, note=note)
 
 
@@ -936,7 +888,7 @@ def load_fmow(base, recipe):
     classes = sorted({category for side, _, category, *_ in rows if side == "train"})
     splits = splits_of(rows, classes, classes, context=True)
     if not mapping.exists():
-        note = "no test_gt_mapping.json (of groundtruth.tar.bz2 in the tree's root): val is the test split"
+        note = "; no test_gt_mapping.json (of groundtruth.tar.bz2 in the tree's root): val is the test split"
         splits = Splits(splits.train, splits.val, classes, note=note)
     return splits
 
@@ -1001,25 +953,23 @@ def load_msmt17(base, recipe):
 
 def download(name, root):
     """Fetch and unpack the official archives of a set into `root`, unless that is done -> its folder."""
-    archives = SETS[name].source if name in SETS else "leave --download out"
-    if isinstance(archives, str) or not root:
+    if name not in SETS or not SETS[name].archives or not root:
         free = "--download fetches cub, aircraft, flowers, dogs into --root DIR"
-        raise ValueError(f"--data {name} --root {root}: {free}; {'add it' if root is None else archives}")
-    root, folder = Path(root), Path(root, SETS[name].into)
-    begun = folder / f"{name}.unpacking"  # stands while an unpacking has begun and not ended
+        raise ValueError(f"--data {name} --root {root}: {free}; leave it out for other data")
+    root, begun = Path(root), Path(root, f"{name}.unpacking")  # stands until all is unpacked
     with contextlib.suppress(FileNotFoundError):
         if not begun.exists():
             return find(name, root)
-    folder.mkdir(parents=True, exist_ok=True)
-    for url, sha256 in archives:
-        path = folder / os.path.basename(url)
+    root.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    for url, sha256 in SETS[name].archives:
+        path = root / os.path.basename(url)
         try:
             if not path.exists():
                 torch.hub.download_url_to_file(url, str(path), sha256)
             if path.suffix != ".mat":
-                begun.touch()
                 with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter="data")  # refuses what leads out of the folder
+                    archive.extractall(root, filter="data")  # refuses what leads out of the folder
         except Exception as error:  # of the net, the hash, the archive
             advice = f"delete {path} if it is there, and run again or fetch it by hand"
             raise ValueError(f"{url}: {error}; {advice}") from None
@@ -1027,23 +977,6 @@ def download(name, root):
     return find(name, root)
 
 
-DATASETS = {  # name -> reader(root, recipe) -> Splits; the root of an official set is its own folder
-    "toy": lambda root, recipe: load_toy(root, recipe),
-    "folder": load_folder,
-    "imagenet": load_imagenet,
-    "cub": load_birds,
-    "nabirds": load_birds,
-    "cars": load_cars,
-    "aircraft": load_aircraft,
-    "flowers": load_flowers,
-    "dogs": load_dogs,
-    "plant": load_plant,
-    "fmow": load_fmow,
-    "market1501": functools.partial(load_named, PERSONS),
-    "dukemtmc": functools.partial(load_named, PERSONS),
-    "veri776": functools.partial(load_named, VEHICLES),
-    "msmt17": load_msmt17,
-}
 # ------------------------------------------------------------------------------------------- toy birds
 #
 # A bird is some 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move
@@ -1127,12 +1060,12 @@ FLOOR = 45  # least difference in luma (0 .. 255) of a mark and the plumage unde
 # relatives that differ in no more, and each value comes equally often.
 Preset = namedtuple("Preset", "part_scale clutter blobs length train test seed codes")
 BOOK = "0302 2230 3011 1123 0202 3311 1120 2033 1122 2030 3211 0303 3111 0300 2032 1223"
-EASY = Preset(1.3, 4, 3, (0.72, 0.95), 150, 60, 0, "0302 2230 3011 1123 0122 3231 2300 1013")
+EASY = Preset(1.3, 4, 3, (0.72, 0.95), 150, 60, 0, "0302 2230 3011 1123 0122 3231 2300 1013".split())
 PRESETS = {
-    "birds": Preset(1.0, 8, 6, (0.72, 0.95), 15, 30, 0, BOOK),
+    "birds": Preset(1.0, 8, 6, (0.72, 0.95), 15, 30, 0, BOOK.split()),
     "birds-easy": EASY,
     "birds-small": EASY._replace(length=(0.45, 0.70)),
-    "birds-pretrain": EASY._replace(seed=5, codes="0300 1011 3132 2223 1000 2232 0311 3123"),
+    "birds-pretrain": EASY._replace(seed=5, codes="0300 1011 3132 2223 1000 2232 0311 3123".split()),
 }
 
 
@@ -1171,7 +1104,7 @@ EYE = np.array([12.0, 10.0, 10.0])
 
 def hsv(h, s, v):
     """Hue in turns, saturation and value in [0, 1] -> RGB array in 0..255."""
-    return np.array(colorsys.hsv_to_rgb(h % 1, *(min(max(x, 0), 1) for x in (s, v)))) * 255
+    return np.array(colorsys.hsv_to_rgb(h % 1, *np.clip((s, v), 0, 1))) * 255
 
 
 def mix(a, b, share):
@@ -1183,8 +1116,8 @@ def apart(mark, ground):
     """A mark's colour, moved towards black or white until its luma differs from the ground's by FLOOR."""
     luma, under = mark @ LUMA, ground @ LUMA
     if luma >= under and under + FLOOR <= 255 or under < FLOOR:
-        return mix(mark, np.full(3, 255.0), max(0.0, under + FLOOR - luma) / (255 - luma))
-    return mix(mark, np.zeros(3), max(0.0, luma - under + FLOOR) / luma)
+        return mix(mark, 255.0, max(0.0, under + FLOOR - luma) / (255 - luma))
+    return mix(mark, 0.0, max(0.0, luma - under + FLOOR) / luma)
 
 
 def plumage(rng):
@@ -1236,10 +1169,10 @@ def paint(draw, points, colour):
     draw.polygon(points.ravel().tolist(), tuple(map(int, colour)))
 
 
-def draw_bird(name, split, index, size, values=None):
+def draw_bird(name, split, index, size, *shifts):
     """Bird number `index` of a split of a preset, size x size pixels: the same on every machine.
 
-    Its class is index % classes. `values` {part: 0 .. 3} swaps parts for others, all else staying as it is.
+    Its class is index % classes. shifts: pairs (part, how many values further), all else staying as it is.
     -> dict: image (H, W, 3) uint8; label; object_box (4,) around all that is drawn of the bird; part_boxes
     (6, 4) in the order of PARTS, where the part is or would be, the same for each of its values; values
     {part: 0 .. 3}.
@@ -1247,11 +1180,14 @@ def draw_bird(name, split, index, size, values=None):
     preset = PRESETS[name]
     streams = ([preset.seed, ("train", "test").index(split), index, k] for k in range(4))
     drawn, feathers, scene, light = map(np.random.default_rng, streams)
-    codes = preset.codes.split()
-    label, colours = index % len(codes), plumage(feathers)
+    label, colours = index % len(preset.codes), plumage(feathers)
+    values = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist()))
+    values |= zip(SIGNATURE, map(int, preset.codes[label]))
+    values |= {part: (values[part] + shift) % 4 for part, shift in shifts}
     shapes = {part: list(part_shapes(part, preset.part_scale).values()) for part in PARTS}
-    own = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist()))
-    values = own | dict(zip(SIGNATURE, map(int, codes[label]))) | (values or {})
+    shapes["breast"][1] = shapes["breast"][1] + feathers.uniform(-0.008, 0.008, (6, 1, 2))  # the spots
+    if values["eye"] == 2:
+        colours["eye"] = colours["stripe"]
 
     # the pose: three frames, each a function from its coordinates to the bird's
     u = scene.uniform
@@ -1264,29 +1200,22 @@ def draw_bird(name, split, index, size, values=None):
         "head": lambda p: (turn(p, head) + neck) @ whole,
         "tail": lambda p: (turn(p, tail) + (-0.25, 0.05)) @ whole,
     }
-
-    # what is painted, back to front
     nape = np.array([(0.08, -0.14), neck + (-0.10, -0.06), neck + (0.10, 0.06), (0.26, 0.04)])
-    painted = {name: (frame, outlines(text)) for name, (frame, text) in FIXED.items()}
-    painted |= {part: (frame, shapes[part][values[part]]) for part, (frame, _) in PARTS.items()}
-    painted["neck"] = "body", [nape]
-    if values["breast"] == 1:
-        painted["breast"] = "body", painted["breast"][1] + feathers.uniform(-0.008, 0.008, (6, 1, 2))
-    if values["eye"] == 2:
-        colours["eye"] = colours["stripe"]
-    order = ((name, *painted[name]) for name in PAINTED.split(","))
-    layers = [(pose[frame](points), colours[name]) for name, frame, polygons in order for points in polygons]
+    placed, places = {"neck": [nape @ whole]}, []
+    for name, (frame, text) in FIXED.items():
+        placed[name] = [pose[frame](points) for points in outlines(text)]
+    for part, (frame, _) in PARTS.items():
+        placed[part] = [pose[frame](points) for points in shapes[part][values[part]]]
+        places.append(pose[frame](shapes[part][4][0]))
+    layers = [(points, colours[name]) for name in PAINTED.split(",") for points in placed[name]]
 
     # its place: from the places of the parts, not from what is drawn there, so that no value moves the bird
-    places = [pose[frame](shapes[part][4][0]) for part, (frame, _) in PARTS.items()]
-    fixed = [pose[painted[p][0]](painted[p][1][0]) for p in ("body", "room", "right leg", "head")]
-    extent = np.concatenate(places + fixed)
+    extent = np.concatenate(places + [placed[name][0] for name in ("body", "room", "right leg", "head")])
     low, span = extent.min(0), np.ptp(extent, 0)
     length = min(u(*preset.length), 0.97 / span.max())
     shift = scene.random(2) * (1 - span * length) - low * length
     corners = [[*p.min(0), *p.max(0)] for p in (np.concatenate([p for p, _ in layers]), *places)]
-    boxes = np.array(corners) * length + np.tile(shift, 2)
-    boxes = (boxes * size).astype(np.float32)
+    boxes = ((np.array(corners) * length + np.tile(shift, 2)) * size).astype(np.float32)
 
     # drawn larger and averaged, then lit: gain, cast, a linear gradient, grain
     fine = 3 if size <= 80 else 2
@@ -1302,14 +1231,13 @@ def draw_bird(name, split, index, size, values=None):
     return dict(image=pixels, label=label, object_box=boxes[0], part_boxes=boxes[1:], values=values)
 
 
-def toy_split(paths, size, swapped=lambda i, values: {}):
-    """The birds of some paths as a Split; swapped(i, values) says what to swap of the i-th."""
+def toy_split(paths, size, part=None):
+    """The birds of some paths as a Split; `part`: that part of each swapped for another value."""
     birds = []
     for i, path in enumerate(paths):
         preset, split, index = path.split("/")
-        birds.append(draw_bird(preset, split, int(index), size))
-        if change := swapped(i, birds[i]["values"]):
-            birds[i] = draw_bird(preset, split, int(index), size, change)
+        shifts = [(part, 1 + i % 3)] if part else []
+        birds.append(draw_bird(preset, split, int(index), size, *shifts))
     images, labels, boxes, parts, _ = (list(column) for column in zip(*(bird.values() for bird in birds)))
     truth = np.stack(boxes), np.stack(parts), tuple(PARTS), tuple(part in SIGNATURE for part in PARTS)
     return Split(paths, labels, *truth, images=images, swap=swap_part)
@@ -1317,22 +1245,38 @@ def toy_split(paths, size, swapped=lambda i, values: {}):
 
 def swap_part(split, part, indices):
     """Toy birds of a split once more, one part of each swapped for another value: counterfactuals."""
-    paths = [split.paths[i] for i in indices]
-    return toy_split(paths, len(split.images[0]), lambda i, values: {part: (values[part] + 1 + i % 3) % 4})
+    return toy_split([split.paths[i] for i in indices], len(split.images[0]), part)
 
 
 def load_toy(root, recipe):
     """Toy birds of recipe.toy_preset, drawn into memory, of the longest side that the recipe needs."""
     name, preset, splits = recipe.toy_preset, PRESETS[recipe.toy_preset], []
-    codes = preset.codes.split()
     for role in ("train", "test"):
         count = getattr(recipe, f"toy_{role}") or getattr(preset, role)
-        paths = [f"{name}/{role}/{i}" for i in range(count * len(codes))]
+        paths = [f"{name}/{role}/{i}" for i in range(count * len(preset.codes))]
         splits.append(toy_split(paths, max(recipe.resize + recipe.image_size)))
     names = [list(part_shapes(part)) for part in SIGNATURE]
-    classes = ["-".join(values[int(v)] for values, v in zip(names, code)) for code in codes]
+    classes = ["-".join(values[int(v)] for values, v in zip(names, code)) for code in preset.codes]
     return Splits(*splits, classes)
 
+
+DATASETS = {  # name -> reader(root, recipe) -> Splits; the root of an official set is its own folder
+    "toy": load_toy,
+    "folder": load_folder,
+    "imagenet": load_imagenet,
+    "cub": load_birds,
+    "nabirds": load_birds,
+    "cars": load_cars,
+    "aircraft": load_aircraft,
+    "flowers": load_flowers,
+    "dogs": load_dogs,
+    "plant": load_plant,
+    "fmow": load_fmow,
+    "market1501": functools.partial(load_named, PERSONS),
+    "dukemtmc": functools.partial(load_named, PERSONS),
+    "veri776": functools.partial(load_named, VEHICLES),
+    "msmt17": load_msmt17,
+}
 
 # ------------------------------------------------------------------------------------------- scores
 
@@ -1378,14 +1322,14 @@ def score(split, answers, recipe, model_answers=None):
 
 def look(split, answers, size, right):
     """Where the boxes lie, beside what costs nothing: chance, one place for all, an untrained network."""
-    boxes = answers["boxes"]
+    boxes, shown = answers["boxes"], answers["shown"]
     sides = np.rint(boxes[..., 2:] - boxes[..., :2])
     kinds = np.unique(sides.reshape(-1, 2), axis=0)
     result = {"coverage": covered(boxes, size).mean()}
     if 1 < len(kinds) < 5:  # levels, stages
         own = {f"{w:.0f} x {h:.0f}": (sides == (w, h)).all(2, keepdims=True) for w, h in kinds}
-        own = {name: np.where(mask, boxes, np.nan) for name, mask in own.items()}
-        result["coverage_by_size"] = {name: covered(some, size).mean() for name, some in own.items()}
+        own = {name: covered(np.where(mask, boxes, np.nan), size).mean() for name, mask in own.items()}
+        result["coverage_by_size"] = own
 
     def both(measure, truth):
         found = measure(boxes, truth)
@@ -1394,18 +1338,18 @@ def look(split, answers, size, right):
         return found
 
     if split.parts is not None:
-        result["pointing"], signature = {}, np.array(split.signature)
-        for name, chosen in (("signature", signature), ("decoy", ~signature)):
-            if chosen.any():
-                parts = to_input(split.parts[:, chosen], answers["shown"][:, None], size)
-                chance = covered(parts, size)
-                references = {"chance": chance.mean(), "constant": chance.max()}
-                result["pointing"][name] = both(pointing, parts) | references
+        parts, signature = to_input(split.parts, shown[:, None], size), np.array(split.signature)
+        kinds = {"signature": parts[:, signature], "decoy": parts[:, ~signature]}
+        chance = {name: covered(some, size) for name, some in kinds.items() if some.size}
+        result["pointing"] = {
+            name: both(pointing, kinds[name]) | {"chance": cells.mean(), "constant": cells.max()}
+            for name, cells in chance.items()
+        }
     if split.boxes is not None:
-        objects = to_input(split.boxes, answers["shown"], size)
-        constants = [iou(box, objects).mean() for box in (objects.mean(0), *objects[:200])]
+        objects = to_input(split.boxes, shown, size)
         best = lambda found, truth: {"mean": iou(found[:, 0], truth).mean()}
-        result["object_iou"] = both(best, objects) | {"constant": max(constants)}
+        constant = max(iou(box, objects).mean() for box in (objects.mean(0), *objects[:200]))
+        result["object_iou"] = both(best, objects) | {"constant": constant}
         areas = np.prod(split.boxes[:, 2:] - split.boxes[:, :2], 1)
         low, high = np.quantile(areas, (0.25, 0.75)).tolist()  # M2Former, Table 8
         sizes = {"large": areas > high, "medium": (low <= areas) & (areas <= high), "small": areas < low}
@@ -1476,10 +1420,10 @@ def reid_scores(features, labels, cameras, query):
     precision, first, gallery = [], [], features[~query]
     for some in query.nonzero()[:, 0].split(1 + 2**22 // (1 + len(gallery))):
         for i, distances in zip(some, torch.cdist(features[some], gallery)):
-            same = labels[~query] == labels[i]
-            counted = ~(same & (cameras[~query] == cameras[i]))
-            nearest = distances[counted].argsort(stable=True)
-            ranks = same[counted][nearest].nonzero()[:, 0].numpy() + 1  # of the matches, ascending
+            same, other = labels[~query] == labels[i], cameras[~query] != cameras[i]
+            distances[same & ~other] = math.inf
+            matches = (same & other)[distances.argsort(stable=True)]
+            ranks = matches.nonzero()[:, 0].numpy() + 1  # ascending
             if len(ranks):
                 precision.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
                 first.append(ranks[0])
