@@ -166,7 +166,7 @@ TAPS = {  # by backbone, grid and base resolution
 
 # Authors' code, unless a section is named: Adam with Keras' epsilon, one drop of the rate, large crops.
 _imagenet = Recipe(
-    image_size=(224, 224), crop="resized", crop_area=(0.85, 1.0), crop_ratio=(0.5, 2.0), normalize="half",
+    crop="resized", crop_area=(0.85, 1.0), crop_ratio=(0.5, 2.0), normalize="half",
     interpolation="random", brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2, jitter_prob=0.8,
     batch_size=64, epochs=200, optimizer="adam", lr=1e-4, eps=1e-7, schedule="steps", milestones=(0.8,),
 )
@@ -175,7 +175,7 @@ _bagnet77 = dict(  # a run of 200 epochs with the drop at 160, stopped at 175
 )
 _fmow = replace(
     _imagenet, backbone="efficientnet_b0", base_resolution=224, image_size=(448, 448), grid=3, cell=0.5,
-    locations="2", epochs=40, lr=1e-3, dropout=0.5, drop_path=0.3, lambda_c=0.2, lambda_r=0.2,
+    locations="2", epochs=40, lr=1e-3, drop_path=0.3, lambda_c=0.2, lambda_r=0.2,
 )
 _fmow_896 = dict(
     image_size=(896, 896), locations="2x1", epochs=10, drop_path=0.5, lambda_c=0.05, lambda_r=0.05,
@@ -191,7 +191,7 @@ _cub = replace(
     locations="5", feature_weighting=True, dropout=0.75, drop_path=0.5, contrastive=100.0,
     brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, translate=0.1, rotate=20.0, normalize="imagenet",
     weights="default", batch_norm=(1e-5, 0.01), weight_decay=2e-4, decay_backbone=False,
-    epochs=200, lr=1e-3, backbone_lr=0.1, milestones=(0.9,),
+    lr=1e-3, backbone_lr=0.1, milestones=(0.9,),
 )
 _nabirds = replace(_cub, epochs=100, contrastive=50.0)
 _birds_en = dict(hard_attention=False, backbone_lr=0.05)
