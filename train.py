@@ -1,23 +1,24 @@
-"""Train, evaluate and look at one method on one dataset:  python train.py [ACTION] [RUN ...] [--flag VALUE ...]
+"""Train, evaluate and look at one method on one dataset:  python train.py [ACTION] [RUN ...] [--flag ...]
 
   train                 (when none is named) trains and evaluates              -> runs/METHOD-DATA/
   eval RUN              accuracy, by class, confused pairs, where it looked    -> RUN/eval.json
   predict RUN PHOTOS    top five of photos or folders, a picture of each       -> RUN/predict/
   figures RUN [RUN ..]  the paper's figure of test images, learning curves     -> RUN/figures/
   profile [RUN]         parameters, MACs, time, memory, of several variants    -> the terminal
-  table                 a table of the paper, row by row, beside its numbers   -> runs/table-METHOD-TABLE-DATA/
+  table                 a table of the paper, row by row, beside its numbers   -> runs/table-METHOD-...
 
 Examples:
-  python train.py --method tnet                                  # minutes on two cores: drawn birds, no download
+  python train.py --method tnet                                  # minutes: drawn birds, no download
   python train.py eval runs/tnet-toy
   python train.py predict runs/tnet-toy my_photo.jpg my_folder
-  python train.py --method dcal --data folder --root photos      # photos/train/CLASS/*.jpg, photos/test/CLASS/*.jpg
+  python train.py --method dcal --data folder --root photos      # photos/train/CLASS/, photos/test/CLASS/
   python train.py --method m2former --data cub --root DIR        # the paper's recipe with no further flag
   python train.py table --method tdsa --table 2 --root DIR --seeds 0,1,2
   torchrun --nproc-per-node 8 train.py --method tnet --data imagenet --root DIR
 
-`train.py ACTION --help` lists an action's flags, `train.py --method M --data D --help-all` all switches and values.
+`train.py ACTION --help` lists an action's flags, `train.py --method M --data D --help-all` every switch.
 """
+
 import argparse
 import contextlib
 import csv
@@ -29,6 +30,7 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -65,7 +67,7 @@ ACTIONS = {
     "train": "Trains and evaluates; writes runs/METHOD-DATA[-RECIPE][-NAME]/ or --out.",
     "eval": "Scores RUN; writes RUN/eval.json or into --out. Text switches take several values with commas.",
     "predict": "Top five of PHOTOS, files or folders, and a picture of each; writes RUN/predict/ or --out.",
-    "figures": "The paper's figure of test images, of several runs side by side; writes RUN/figures/ or --out.",
+    "figures": "The paper's figure of test images, of runs side by side; writes RUN/figures/ or --out.",
     "profile": "Parameters, MACs, time and memory, variants in turn; prints a table, which --out DIR keeps.",
     "table": "Runs a table of the paper over seeds; writes runs/table-METHOD-TABLE-DATA/ or --out.",
 }
@@ -106,7 +108,9 @@ class Flags(common.Options):
     rows: tuple[str, ...] = for_table((), "only these rows")
     row_weights: tuple[str, ...] = for_table((), "first weights of single rows: NAME=FILE,...")
     any_commit: bool = for_table(False, "also use finished rows that another commit produced")
-    against: tuple[str, ...] = opt((), "one more variant: its recipe flags, quoted", group="for eval and profile")
+    against: tuple[str, ...] = opt(
+        (), "one more variant: its recipe flags, quoted", group="for eval and profile"
+    )
     images: int = opt(6, "how many test images", least=1, group="for figures")
     pictures: bool = opt(True, "a picture of each photo", group="for predict")
     profile_batch: int = for_profile(2, "images in a batch", least=1)
@@ -126,7 +130,15 @@ class Call(Flags):
 
 
 OF_DATA = ("root", "seed", "skip_bad_images")  # flags of a run that hold for whatever is done with it
-KEPT = (*OF_DATA, "workers", "matmul_precision", "compile", "deterministic", "save_every", "eval_every")  # resumed
+KEPT = (
+    *OF_DATA,
+    "workers",
+    "matmul_precision",
+    "compile",
+    "deterministic",
+    "save_every",
+    "eval_every",
+)  # resumed
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,7 +147,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, options, action=""):
         usage = f"python train.py {action} [RUN] [--flag VALUE ...]"
         super().__init__(add_help=False, allow_abbrev=False, usage=usage, description=ACTIONS.get(action))
-        common.add_options(self, options, lambda f: action in f.metadata["group"] or "for " not in f.metadata["group"])
+        common.add_options(
+            self, options, lambda f: action in f.metadata["group"] or "for " not in f.metadata["group"]
+        )
 
     def error(self, message):
         raise ValueError(message)
@@ -172,10 +186,15 @@ def parse(argv):
             raise ValueError(f"{common.flag(f)} is {f.metadata['group']}, not for {action}")
     about, run = run_of(action, given, words) if not helps else ({}, "")
     method = about.get("method", given.get("method", ""))
-    if method not in METHODS and (method or not helps and (action, given.get("table")) != ("table", "baseline")):
+    optional = helps or (action, given.get("table")) == ("table", "baseline")
+    if method not in METHODS and (method or not optional):
         problem = f"unknown method {method!r}; {near(method, METHODS)}" if method else "name a method"
-        hint = f"; {near(words[0], cli.flags())}" if words else ""
-        raise ValueError(f"{problem}: python train.py --method tnet is a first run of minutes{hint}; see --help")
+        hint = (
+            near(words[0], cli.flags())
+            if words
+            else "python train.py --method tnet is a first run of minutes"
+        )
+        raise ValueError(f"{problem}: {hint}; see --help")
     recipe, chosen, name = recipe_of(method, about, given, run)
     if helps:
         if "--help-all" in helps:
@@ -186,24 +205,34 @@ def parse(argv):
     changed, words = switches.read(words)
     for word in words:
         if word.startswith("-"):
-            raise ValueError(f"unknown argument {word}; {near(word, cli.flags() + switches.flags(), 'see --help-all')}")
+            raise ValueError(
+                f"unknown argument {word}; {near(word, cli.flags() + switches.flags(), 'see --help-all')}"
+            )
     if bool(words) > (action in ("predict", "figures")) or action == "predict" and not words:
-        raise ValueError(f"{action} takes no {words[0]!r}" if words else "name photos: predict RUN PHOTO_OR_FOLDER ...")
+        raise ValueError(
+            f"{action} takes no {words[0]!r}" if words else "name photos: predict RUN PHOTO_OR_FOLDER ..."
+        )
     if given.get("resume") and (changed or "recipe" in given):
-        raise ValueError("--resume goes on with the run's own recipe; to change it start anew, with --weights DIR")
-    flags = values_of(Flags(), about.get("flags", {}), run)
+        raise ValueError(
+            "--resume goes on with the run's own recipe; to change it start anew, with --weights DIR"
+        )
+    flags = values_of(Flags(), about.get("flags", {}), f"{run}/run.json")
     flags = {key: flags[key] for key in (KEPT if given.get("resume") else OF_DATA) if key in flags} | given
-    flags |= dict(method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words), command=command)
-    for path in (Path(given.get("out", "")), *Path(given.get("out", "")).parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {given['out']}: {path} is a file; name a folder")
+    flags |= dict(
+        method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words), command=command
+    )
+    out = Path(given.get("out", ""))
+    if any(path.is_file() for path in (out, *out.parents)):
+        raise ValueError(f"--out {out}: a file is in the way; name a folder")
     return Call(**flags), variants(recipe, changed, against, switches, action)
 
 
 def run_of(action, given, words):
     """The run folder to act on -> (its run.json, its name); taken out of `words` when it stands there."""
     if action in ("train", "table") and "run" in given:
-        raise ValueError("--run names a run to look at; --resume DIR goes on with it, --weights DIR starts from it")
+        raise ValueError(
+            "--run names a run to look at; --resume DIR goes on with it, --weights DIR starts from it"
+        )
     run = given.get("resume") or given.get("run") or ""
     if not run and action not in ("train", "table") and words and words[0][:1] != "-":
         run = words.pop(0)
@@ -221,10 +250,13 @@ def recipe_of(method, about, given, run):
     if name not in data.DATASETS:
         raise ValueError(f"unknown data {name!r}; {near(name, data.DATASETS)}")
     if about and (given.get("method", method), given.get("data", name)) != (method, name):
-        raise ValueError(f"the run is {method} on {name}: leave --method and --data away, or act on another run")
+        raise ValueError(
+            f"the run is {method} on {name}: leave --method and --data away, or act on another run"
+        )
     chosen = given.get("recipe") or about.get("recipe_name", name)
     if about and "recipe" not in given:
-        return module.Recipe(**values_of(module.Recipe(), about["recipe"], run)), chosen, name
+        values = values_of(module.Recipe(), about["recipe"], f"{run}/run.json")
+        return module.Recipe(**values), chosen, name
     recipes = getattr(module, "RECIPES", {chosen: common.Recipe()})
     if chosen not in recipes:
         raise ValueError(f"{method} has no recipe {chosen!r}; --recipe takes another's: {', '.join(recipes)}")
@@ -232,7 +264,7 @@ def recipe_of(method, about, given, run):
 
 
 def variants(recipe, changed, against, switches, action):
-    """The recipes asked for: text switches with commas give one each, all combinations; and one for each --against."""
+    """The recipes asked for: all combinations of switches with commas, then one for each --against."""
     many = {k: v.split(",") for k, v in changed.items() if isinstance(v, str) and "," in v and k != "weights"}
     if many and action not in ("eval", "profile"):
         raise ValueError(f"{', '.join(many)}: several values are for eval and profile; {action} takes one")
@@ -263,15 +295,22 @@ def runs_here():
 # ------------------------------------------------------------------------------------------ files
 
 
+@contextlib.contextmanager
+def reading(path):
+    """What is wrong with a file of ours, whatever its shape, becomes an error that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, not the JSON that train.py writes ({error})") from None
+
+
 def read_json(path, **kinds):
     """A JSON object that has these keys, of these types."""
-    try:
+    with reading(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not all(isinstance(value[key], kind) for key, kind in kinds.items()):
             raise ValueError("a value of another type")
         return value
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, not the JSON that train.py writes ({error})") from None
 
 
 def read_run(folder):
@@ -279,23 +318,32 @@ def read_run(folder):
     path = Path(folder) / "run.json"
     if not path.is_file():
         method, _, name = path.parent.name.partition("-")
-        hint = f"; python train.py --method {method} --data {name or 'toy'} makes it" if method in METHODS else runs_here()
+        hint = (
+            f"; python train.py --method {method} --data {name or 'toy'} makes it"
+            if method in METHODS
+            else runs_here()
+        )
         raise FileNotFoundError(f"{folder} is no run folder (it has no run.json){hint}")
-    return read_json(path, method=str, data=str, recipe=dict, recipe_name=str, classes=list, flags=dict)
+    about = read_json(path, method=str, data=str, recipe=dict, recipe_name=str, classes=list, flags=dict)
+    if about["method"] not in METHODS or about["data"] not in data.DATASETS:
+        raise ValueError(f"{path}: unknown method {about['method']!r} or data {about['data']!r}")
+    return about
 
 
 def read_log(folder):
-    """The readable lines of a run's log.jsonl."""
+    """The readable lines of a run's log.jsonl: of numbers, and of scores, which are dicts of numbers."""
     path, entries = Path(folder) / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError), reading(path):
             entry = json.loads(line)
+            for value in entry.values():
+                statistics.mean(map(float, value.values() if isinstance(value, dict) else [value]))
             entries += [entry] * (entry["step"] > 0 and entry["epoch"] > 0 and entry["seconds"] >= 0)
     return entries
 
 
 def values_of(options, values, source):
-    """Fields of an Options object from a file, where tuples are lists and nothing is sure: read as flags are."""
+    """Fields of an Options object from a file, where nothing is sure and tuples are lists: read as flags."""
     words = []
     for name, value in values.items():
         name = str(name).replace("_", "-")
@@ -350,12 +398,16 @@ class World:
 
 def start(flags):
     """Device, precision and process group -> World."""
-    local, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    local, size = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     use_cuda = flags.device != "cpu" and torch.cuda.is_available()
     if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU; start {torch.cuda.device_count()} processes")
+        raise ValueError(
+            f"process {local} of this machine has no GPU; start {torch.cuda.device_count()} processes"
+        )
     device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -375,7 +427,7 @@ def start(flags):
 
 
 def seed_step(seed, step, rank):
-    """All randomness of a step is a function of (seed, step, process): a resumed run needs no random state."""
+    """All randomness of a step is a function of (seed, step, process), so a resumed run needs no state."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
@@ -386,7 +438,7 @@ def autocast(recipe, device):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------ 3 data, 4 model, 5 optimizer
+# -------------------------------------------------------------------------------------- 3 to 5 data and model
 
 
 def load_data(flags, recipe):
@@ -411,8 +463,13 @@ def make_loader(photos, flags, world, **sampling):
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, cores) if photos.split.images is None else 0
     return torch.utils.data.DataLoader(
-        photos, num_workers=workers, timeout=55 if workers else 0, pin_memory=world.device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=ignore_signals, **sampling,
+        photos,
+        num_workers=workers,
+        timeout=55 if workers else 0,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
+        **sampling,
     )
 
 
@@ -424,7 +481,9 @@ def to_model(images, recipe, device):
 
 def build(recipe, num_classes, flags, world):
     """The method's model on its device, convolutions in channels_last."""
-    model = METHODS[flags.method].build(recipe, num_classes).to(world.device, memory_format=torch.channels_last)
+    model = (
+        METHODS[flags.method].build(recipe, num_classes).to(world.device, memory_format=torch.channels_last)
+    )
     if flags.compile:
         model.compile()
     return model
@@ -433,7 +492,7 @@ def build(recipe, num_classes, flags, world):
 def make_optimizer(recipe, groups):
     """The recipe's optimizer over a method's parameter groups; fused where torch has it."""
     how = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
-    if recipe.optimizer == "sgd":  # under fp16, when the first step is skipped, the fused kernel starts from garbage
+    if recipe.optimizer == "sgd":  # the fused kernel starts from garbage when fp16 skips the first step
         return torch.optim.SGD(groups, momentum=recipe.momentum, fused=recipe.amp != "fp16", **how)
     how |= dict(betas=(recipe.momentum, recipe.beta2), eps=recipe.eps)
     if recipe.optimizer == "radam":
@@ -454,8 +513,8 @@ def parts_of(recipe, model, flags, world):
 class Run:
     """A run folder: run.json says what it is, log.jsonl has a line an epoch, last.pt is where to go on.
 
-    Order of writing: last.pt, then the epoch's line. So the log is never ahead of the checkpoint, and a run that
-    is killed at any moment goes on from last.pt, at worst with the evaluation of an epoch again.
+    Order of writing: last.pt, then the epoch's line. So the log is never ahead of the checkpoint, and a run
+    that is killed at any moment goes on from last.pt, at worst with the evaluation of an epoch again.
     """
 
     def __init__(self, flags, world):
@@ -469,35 +528,49 @@ class Run:
     def refuse_others(self):
         """Never write into another run; a folder that has no checkpoint is begun anew."""
         if self.result.exists() or self.last.exists() and not self.flags.resume:
-            about = read_run(self.folder)
-            same = all(about[k] == v for k, v in run_names(self.flags).items()) and not self.result.exists()
-            hint = f"--resume {self.folder}" if same else f"see it with eval {self.folder}"
-            state = "a finished" if self.result.exists() else "an unfinished"
-            raise ValueError(f"{self.folder} holds {state} run of {about['method']}; {hint}, or --out DIR, --name NAME")
+            made = read_run(self.folder).get("command")
+            how = (
+                f"eval {self.folder} shows"
+                if self.result.exists()
+                else f"--resume {self.folder} goes on with"
+            )
+            raise ValueError(
+                f"{self.folder} holds the run of: {made}; {how} it, --out DIR or --name NAME makes another"
+            )
 
     def open(self, about, parts):
-        """Take the folder; fill model, optimizer and scaler from last.pt if there is one -> the first step."""
+        """Take the folder; fill model, optimizer and scaler from last.pt, if any -> the first step."""
         self.about, self.parts = about, parts
         if self.lead:
-            self.lock = open(make_folder(self.folder) / ".lock", "w")  # held until this process ends, however it ends
+            self.lock = open(
+                make_folder(self.folder) / ".lock", "w"
+            )  # held until this process ends, however it ends
             try:
                 "fcntl" in globals() and fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{self.folder}: another process trains in it; wait, or choose --out DIR") from None
+                raise ValueError(
+                    f"{self.folder}: another process trains in it; wait, or choose --out DIR"
+                ) from None
             self.refuse_others()
-        log = read_log(self.folder) if self.last.exists() else []
-        if self.lead:  # without lines that were cut short, or of a run that was killed before its first checkpoint
+        log, step = read_log(self.folder) if self.last.exists() else [], 0
+        log = [line for line in log if line["step"] < about["steps"] or {"val", "test"} & {*line}]
+        if self.lead:  # without lines that were cut short, or of a run that was killed before a checkpoint
             write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-        if not self.last.exists():
-            if self.lead:
-                write_json(self.folder / "run.json", about)
-            return 0
-        state = read_checkpoint(self.last, about)
-        for name, part in parts.items():
-            restore(part, state[name], self.last)
-        if state["step"] not in [entry["step"] for entry in log]:
-            self.sums = {name: value * self.lead for name, value in state["sums"].items()}
-        return state["step"]
+        if self.last.exists():
+            state = read_checkpoint(self.last, about)
+            for name, part in parts.items():
+                restore(part, state[name], self.last)
+            step = state["step"]
+            if step not in [entry["step"] for entry in log]:
+                self.sums = {name: value * self.lead for name, value in state["sums"].items()}
+        elif self.lead:
+            write_json(self.folder / "run.json", about)
+        if self.lead:
+            say(f"{about['method']} on {about['data']}: {about['note']}")
+            size, images = about["parameters"] / 1e6, about["recipe"]["batch_size"]
+            say(f"{size:.2f} M parameters, step {step} to {about['steps']} of {images} images: {self.folder}")
+        self.clock = time.perf_counter()
+        return step
 
     def count(self, terms):
         """Add a step's terms to the epoch's, on their device: nothing waits."""
@@ -512,7 +585,9 @@ class Run:
         self.sums = dict(zip(self.sums, (sums * self.lead).tolist()))
         if self.lead:
             state = {name: self.about[name] for name in ("method", "data", "classes", "recipe")}
-            state |= {"step": step, "sums": self.sums} | {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"step": step, "sums": self.sums} | {
+                name: part.state_dict() for name, part in self.parts.items()
+            }
             common.save_checkpoint(self.last, state)
 
     def close_epoch(self, entry, scores, left):
@@ -530,23 +605,26 @@ class Run:
         self.sums, self.clock = {}, time.perf_counter()
 
 
-def run_names(flags):
-    """What a run is a run of."""
-    return {"method": flags.method, "data": flags.data, "recipe_name": flags.recipe}
-
-
 def read_checkpoint(path, about=None):
-    """last.pt of a run; `about`: the run.json that it has to fit."""
+    """last.pt of a run; `about`: the method and the classes that it has to have."""
     state = common.load_checkpoint(path)
-    kinds = dict(method=str, classes=list, recipe=dict, step=int, sums=dict, model=dict, optimizer=dict, scaler=dict)
-    wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    kinds = dict(
+        method=str, classes=list, recipe=dict, step=int, sums=dict, model=dict, optimizer=dict, scaler=dict
+    )
+    wrong = [
+        key
+        for key, kind in kinds.items()
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind)
+    ]
     if wrong or state["method"] not in METHODS:
-        raise ValueError(f"{path} lacks {', '.join(wrong) or 'a method'}: use the commit in the run's run.json")
-    if about and state["method"] != about["method"]:
-        raise ValueError(f"{path} is a checkpoint of {state['method']}, not of {about['method']}")
-    if about and state["classes"] != about["classes"]:
-        other = sorted(map(str, {*state["classes"]} ^ {*about["classes"]}))[:3]
-        raise ValueError(f"{path} was trained on other classes ({', '.join(other)}); use its data, or train anew")
+        raise ValueError(
+            f"{path} lacks {', '.join(wrong) or 'a method'}: use the commit in the run's run.json"
+        )
+    if about and (state["method"], state["classes"]) != (about["method"], about["classes"]):
+        other = ", ".join(sorted(map(str, {*state["classes"]} ^ {*about["classes"]}))[:3])
+        raise ValueError(
+            f"{path} is of {state['method']} with other classes ({other}); use the run's data, or train anew"
+        )
     return state
 
 
@@ -556,18 +634,31 @@ def restore(part, state, path):
         part.load_state_dict(state)
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         what = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise ValueError(f"{path} does not fit ({what}); only switches that leave the weights alone do") from None
+        raise ValueError(
+            f"{path} does not fit ({what}); only switches that leave the weights alone do"
+        ) from None
 
 
 def describe(flags, recipe, splits, model, steps, world):
     """What run.json holds."""
     root = str(Path(flags.root).resolve()) if flags.root else ""
-    return run_names(flags) | {
-        "command": flags.command, "recipe": dataclasses.asdict(recipe), "seed": flags.seed, "classes": splits.classes,
-        **provenance(world), "processes": world.size, "steps": steps, "parameters": count_parameters(model),
-        "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
+    return {
+        "command": flags.command,
+        "method": flags.method,
+        "data": flags.data,
+        "recipe_name": flags.recipe,
+        "recipe": dataclasses.asdict(recipe),
+        "seed": flags.seed,
+        "classes": splits.classes,
+        **provenance(world),
+        "processes": world.size,
+        "steps": steps,
+        "parameters": count_parameters(model),
+        "versions": {"python": sys.version.split()[0]}
+        | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
         "counts": {name: len(split) for name, split in vars(splits).items() if isinstance(split, data.Split)},
-        "note": splits.note, "flags": {name: getattr(flags, name) for name in KEPT} | {"root": root},
+        "note": splits.note,
+        "flags": {name: getattr(flags, name) for name in KEPT} | {"root": root},
     }
 
 
@@ -614,13 +705,17 @@ def live_line(text):
 
 def percentages(scores, digits=1):
     """Scores as a text: all are shares, but for the number of skipped queries."""
-    return "  ".join(f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items())
+    return "  ".join(
+        f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items()
+    )
 
 
 def clock(seconds):
     """Seconds as minutes:seconds, from an hour on with hours."""
     minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    )
 
 
 def first_line(error):
@@ -632,29 +727,29 @@ def first_line(error):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end training after the current step; in an evaluation, or the second time, at once."""
+    """Ctrl-C and SIGTERM end training after the current step; at once in an evaluation."""
 
     def __init__(self, folder):
-        self.signal, self.at_once, self.advice = 0, False, f"go on with: python train.py --resume {folder}"
+        self.signal, self.hurry, self.advice = 0, False, f"go on with: python train.py --resume {folder}"
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame=None):
-        if self.at_once or self.signal:
+        if self.hurry or self.signal:
             raise KeyboardInterrupt(128 + number, f"stopped at once; {self.advice}")
         self.signal = number
         os.write(2, b"\nstopping after this step (once more: at once)\n")  # print is not safe here
 
     @contextlib.contextmanager
-    def stops_at_once(self):
+    def at_once(self):
         """For work that is done again on resume."""
-        self.at_once = True
+        self.hurry = True
         if self.signal:
             self.ask(self.signal)
         yield
-        self.at_once = False
+        self.hurry = False
 
     def __exit__(self, *error):
         live_line("")
@@ -669,35 +764,30 @@ def train(flags, recipes, world):
     splits = load_data(flags, recipe)
     photos = data.Photos(splits.train, recipe, train=True, seed=flags.seed, skip=flags.skip_bad_images)
     watched = {"val": splits.val} if splits.val else {"test": splits.test}
-    share = dict(rank=world.rank, size=world.size)
-    per_epoch = len(data.epoch_batches(splits.train, recipe, flags.seed, 0, **share))
+    batches = functools.partial(
+        data.epoch_batches, splits.train, recipe, flags.seed, rank=world.rank, size=world.size
+    )
+    per_epoch = len(batches(0))
     steps = recipe.iterations or recipe.epochs * per_epoch
     # 4 model, 5 optimizer
     torch.manual_seed(flags.seed)
-    model = parallel = build(recipe, len(splits.classes), flags, world)
-    parts = parts_of(recipe, model, flags, world)
+    model = build(recipe, len(splits.classes), flags, world)
+    parts, parallel = parts_of(recipe, model, flags, world), on_all_processes(model, world)
     _, optimizer, scaler = parts.values()
-    if world.size > 1:
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     # 6 run folder
-    about = describe(flags, recipe, splits, model, steps, world)
-    step = run.open(about, parts)
-    if run.lead:
-        say(f"{flags.method} on {flags.data}: {splits.note}")
-        say(f"{about['parameters'] / 1e6:.2f} M parameters, step {step} to {steps} of {recipe.batch_size} images on "
-            f"{about['device']}, seed {flags.seed} -> {run.folder}")
+    step, left = run.open(describe(flags, recipe, splits, model, steps, world), parts), "?"
     # 7 loop
     with StopRequest(run.folder) as stop:
         for epoch in range(math.ceil(step / per_epoch) - bool(run.sums), math.ceil(steps / per_epoch)):
-            keys = data.epoch_batches(splits.train, recipe, flags.seed, epoch, **share)
-            for batch in make_loader(photos, flags, world, batch_sampler=keys[step - epoch * per_epoch :][: steps - step]):
+            keys = batches(epoch)[step - epoch * per_epoch :][: steps - step]
+            for batch in make_loader(photos, flags, world, batch_sampler=keys):
                 seed_step(flags.seed, step, world.rank)
                 for group in optimizer.param_groups:
                     group["lr"] = common.lr_at(recipe, step, steps, per_epoch, group)
                 loss, terms = update(parallel, optimizer, scaler, batch, recipe, world)
                 if not math.isfinite(loss):
-                    raise FloatingPointError(why_not_finite(step, loss, terms, optimizer, splits.train, batch))
+                    paths = [splits.train.paths[i] for i in batch[2][:4]]
+                    raise FloatingPointError(not_finite(step, loss, terms, optimizer, paths))
                 step += 1
                 run.count({"loss": loss, **terms})
                 left = clock((steps - step) * run.sums["seconds"] / run.sums["steps"])
@@ -706,22 +796,35 @@ def train(flags, recipes, world):
                 if stopping or flags.save_every and step % flags.save_every == 0:
                     run.save(step)
                 if stopping:
-                    print(f"stopped at step {step}; {stop.advice}" if run.lead else "", flush=True)
+                    print(f"stopped at step {step}; {stop.advice}" * run.lead)
                     return 128 + (stop.signal or signal.SIGTERM)
             run.save(step)  # before the evaluation, which may be long: it can be done again
             scores = {}
             if step == steps or (epoch + 1) % flags.eval_every == 0:
                 seed_step(flags.seed, step, world.rank)  # a repeated evaluation draws the same numbers
-                with stop.stops_at_once():
-                    scores = {k: evaluate(model, split, recipe, flags, world)["scores"] for k, split in watched.items()}
-            left = clock((steps - step) * run.sums["seconds"] / max(1, run.sums["steps"]))
-            run.close_epoch({"step": step, "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}, scores, left)
+                with stop.at_once():
+                    scores = scores_of(model, watched, recipe, flags, world)
+            entry = {"step": step, "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+            run.close_epoch(entry, scores, left)
         # 8 report
-        with stop.stops_at_once():
-            tested = evaluate(model, splits.test, recipe, flags, world)["scores"] if splits.val else None
+        with stop.at_once():
+            tested = scores_of(model, {"test": splits.test} if splits.val else {}, recipe, flags, world)
     result = report(run, tested, *watched) if run.lead else {}
     world.sum(np.zeros(1))  # the others wait until all is written
     return result
+
+
+def on_all_processes(model, world):
+    """The model whose gradients are those of all processes."""
+    if world.size == 1:
+        return model
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def scores_of(model, splits, recipe, flags, world):
+    """The scores of each split."""
+    return {name: evaluate(model, split, recipe, flags, world)["scores"] for name, split in splits.items()}
 
 
 def update(model, optimizer, scaler, batch, recipe, world):
@@ -733,9 +836,14 @@ def update(model, optimizer, scaler, batch, recipe, world):
     for i, (part, targets) in enumerate(parts, 1):
         share, last = len(part) / len(images), i == recipe.accumulate
         inputs = data.erase(to_model(part, recipe, world.device), recipe)
-        with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():  # gradients are summed once
-            with autocast(recipe, world.device):
-                loss, terms = model(inputs, targets)
+        later = contextlib.nullcontext() if last or world.size == 1 else model.no_sync()
+        with later:  # the processes sum their gradients once, after the last part
+            try:
+                with autocast(recipe, world.device):
+                    loss, terms = model(inputs, targets)
+            except ValueError as error:  # BatchNorm cannot normalise a single image
+                advice = "give each process and part two images: --batch-size, --accumulate"
+                raise FloatingPointError(f"{error}; {advice}") from None
             scaler.scale(loss * share).backward()
         for name, value in {"loss": loss, **terms}.items():
             totals[name] = totals.get(name, 0) + value.detach() * share
@@ -750,28 +858,31 @@ def update(model, optimizer, scaler, batch, recipe, world):
     return totals.pop("loss"), totals
 
 
-def why_not_finite(step, loss, terms, optimizer, split, batch):
+def not_finite(step, loss, terms, optimizer, paths):
     """What to know of a step whose loss is not finite."""
-    terms = {name: round(float(value), 4) for name, value in terms.items()}
-    rate, paths = optimizer.param_groups[0]["lr"], [split.paths[i] for i in batch[2][:4]]
-    return (
-        f"the loss is {float(loss)} at step {step}, lr {rate:.3g}, terms {terms}, photos {paths}; the last "
-        "checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off"
-    )
+    terms, rate = {name: round(float(value), 4) for name, value in terms.items()}, optimizer.param_groups[0][
+        "lr"
+    ]
+    where = f"the loss is {loss:.4g} at step {step}, lr {rate:.3g}, terms {terms}, photos {paths}"
+    return f"{where}; the last checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off"
 
 
 def report(run, tested, watched):
-    """8: write result.json and say what to type next -> the result. tested: scores of the test split, if not watched."""
-    log = [entry for entry in read_log(run.folder) if watched in entry]
-    scores = tested or log[-1][watched]
-    metric = next(iter(scores))
-    best = max(log, key=lambda entry: entry[watched][metric])
+    """8: write result.json and say what to type next -> the result. tested: scores not in the log."""
+    log = read_log(run.folder)
+    scored = [entry for entry in log if watched in entry]
+    scores = tested.get("test", scored[-1][watched])
+    metric, *_ = scores
+    best = max(scored, key=lambda entry: entry[watched][metric])
     best = {"split": watched, "metric": metric, "score": best[watched][metric], "epoch": best["epoch"]}
-    seconds = round(sum(entry["seconds"] for entry in read_log(run.folder)), 1)
-    kept = {name: run.about[name] for name in ("steps", "commit", "seed")}
-    result = {"split": "test", **scores, "best_over_epochs": best, **kept, "seconds": seconds}
-    write_json(run.result, result)
-    say(f"result: test {percentages(scores)} after the last epoch, {seconds:.0f} s of training -> {run.result}")
+    result = {
+        "split": "test",
+        **scores,
+        "best_over_epochs": best,
+        "seconds": sum(entry["seconds"] for entry in log),
+    }
+    write_json(run.result, result | {name: run.about[name] for name in ("steps", "commit", "seed")})
+    say(f"result: test {percentages(scores)} after the last epoch -> {run.result}")
     print(f"next:   python train.py eval {run.folder}\n        python train.py figures {run.folder}")
     if run.about["recipe"]["task"] == "classify":
         print(f"        python train.py predict {run.folder} PHOTO_OR_FOLDER")
@@ -783,7 +894,7 @@ def report(run, tested, watched):
 
 @torch.no_grad()
 def answers_of(model, split, recipe, flags, world, question):
-    """Ask a model about every photo once; process r takes r, r + size, ... -> batches of (indices, dict of arrays)."""
+    """Ask a model about every photo once; process r takes r, r + size, ... -> (indices, dict of arrays)."""
     model.eval()
     if len(split) < world.size:
         raise ValueError(f"{len(split)} images for {world.size} processes; start fewer")
@@ -793,8 +904,12 @@ def answers_of(model, split, recipe, flags, world, question):
     for images, _, indices, shown in make_loader(photos, flags, world, batch_size=batch_size, sampler=mine):
         with autocast(recipe, world.device):
             answers = question(to_model(images, recipe, world.device))
-        answers = {name: value.float() if value.is_floating_point() else value for name, value in answers.items()}
-        yield indices.numpy(), {name: value.cpu().numpy() for name, value in {**answers, "shown": shown}.items()}
+        answers = {
+            name: value.float() if value.is_floating_point() else value for name, value in answers.items()
+        }
+        yield indices.numpy(), {
+            name: value.cpu().numpy() for name, value in {**answers, "shown": shown}.items()
+        }
         done += len(images)
         left = clock((time.perf_counter() - began) / done * (len(mine) - done))
         live_line(f"{done} of {len(mine)} photos  {left} left" * (world.rank == 0))
@@ -811,10 +926,12 @@ def run_over(model, split, recipe, flags, world, question):
 
 
 def evaluate(model, split, recipe, flags, world, whole=False, untrained=None):
-    """Scores of a model -> data.score's dict; `whole`: of its heads too, and where it and an untrained one look."""
+    """Scores of a model -> data.score's dict; `whole`: of its heads too, and of where it looks."""
     classify = recipe.task == "classify"
     for buffer in model.buffers() if world.size > 1 else ():
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own: score the model that is saved
+        dist.broadcast(
+            buffer, 0
+        )  # BatchNorm's statistics are each process's own: score the model that is saved
 
     def question(images):
         logits = model(images)
@@ -833,11 +950,13 @@ def evaluate(model, split, recipe, flags, world, whole=False, untrained=None):
 
         return run_over(model, some, recipe, flags, world, question)["answer"]
 
-    return data.score(split, run_over(model, split, recipe, flags, world, question), recipe, log_probabilities)
+    return data.score(
+        split, run_over(model, split, recipe, flags, world, question), recipe, log_probabilities
+    )
 
 
 def load(run, device="cpu", recipe=None):
-    """A run's model, ready to answer -> (model, classes, recipe); `recipe` may change what only evaluation uses."""
+    """A run's model, ready to answer -> (model, classes, recipe); `recipe`: with changes for eval alone."""
     path = Path(run) / "last.pt"
     if Path(run).is_dir() and not path.exists():
         raise FileNotFoundError(f"{run} has no checkpoint yet; python train.py --resume {run} trains it")
@@ -851,7 +970,7 @@ def load(run, device="cpu", recipe=None):
 
 @torch.no_grad()
 def scored(run, recipe, flags, world):
-    """A run on its test images under a recipe -> dict: its scores, where it looks, parameters, MACs, ms an image."""
+    """A run on its test images under a recipe -> its scores, where it looks, what it costs."""
     splits, untrained = load_data(flags, recipe), None
     read_checkpoint(Path(run) / "last.pt", {"method": flags.method, "classes": splits.classes})
     model, _, _ = load(run, world.device, recipe)
@@ -891,15 +1010,17 @@ def evaluate_run(flags, recipes, world):
     print(f"written: {path}")
 
 
-# ------------------------------------------------------------------------------------------ predict and figures
+# -------------------------------------------------------------------------------------- predict and figures
 
 
 def predict(flags, recipes, world):
-    """The predict action: photo by photo into CSV, JSON and a picture each -> status 1 if some could not be read."""
+    """The predict action: photo by photo into CSV, JSON, a picture -> status 1 if one was unreadable."""
     recipe = recipes[0][1]
     model, classes, _ = load(flags.run, world.device, recipe)
     if recipe.task != "classify":
-        raise ValueError("this run ranks identities and has no classes to predict; look at it with eval and figures")
+        raise ValueError(
+            "this run ranks identities and has no classes to predict; look at it with eval and figures"
+        )
 
     def question(images):
         shares, order = model(images).float().softmax(1).sort(descending=True, stable=True)
@@ -907,31 +1028,47 @@ def predict(flags, recipes, world):
         return {"classes": order[:, :5], "shares": shares[:, :5], "boxes": boxes, "scores": scores}
 
     split = data.Split(data.list_photos(flags.words), None, upright=True)
-    out, bad, separator = make_folder(flags.out or Path(flags.run) / "predict"), [], "\n"
-    flags = replace(flags, skip_bad_images=True)
-    with contextlib.ExitStack() as files:
-        table, file = (
-            files.enter_context(open(out / f"predictions.{kind}", "w", newline="", encoding="utf-8")) for kind in ("csv", "json"))
+    out, bad, flags = (
+        make_folder(flags.out or f"{flags.run}/predict"),
+        [],
+        replace(flags, skip_bad_images=True),
+    )
+    how = dict(mode="w", newline="", encoding="utf-8")
+    with open(out / "predictions.csv", **how) as table, open(out / "predictions.json", **how) as file:
         rows = csv.writer(table)
-        rows.writerow(["path"] + [f"{what} {n + 1}" for n in range(min(5, len(classes))) for what in ("class", "probability")])
-        file.write(json.dumps({"run": flags.run, "command": flags.command, **provenance(world)})[:-1] + ', "photos": [')
+        ranks = range(1, 1 + min(5, len(classes)))
+        rows.writerow(["path", *(f"{name} {rank}" for rank in ranks for name in ("class", "probability"))])
+        separator = (
+            json.dumps({"run": flags.run, "command": flags.command, **provenance(world)})[:-1]
+            + ', "photos": [\n'
+        )
         for indices, answers in answers_of(model, split, recipe, flags, World(world.device), question):
-            for row, i in enumerate(indices):
-                path, one = str(split.paths[i]), {name: values[row] for name, values in answers.items()}
-                if np.isnan(one["shown"]).any():
+            for i, top, shares, boxes, scores, shown in zip(indices, *answers.values()):
+                path = str(split.paths[i])
+                if np.isnan(shown).any():
                     bad.append(path)
                     print(f"train.py: {path}: cannot be read as a photo; skipped", file=sys.stderr)
                     continue
-                top = [(classes[c], round(float(share), 4)) for c, share in zip(one["classes"], one["shares"])]
-                boxes = data.to_photo(one["boxes"], one["shown"], recipe.image_size)
-                entry = {"path": path, "top": top, "boxes": boxes.round(2).tolist(), "scores": one["scores"].tolist()}
+                top = [(classes[c], round(float(share), 4)) for c, share in zip(top, shares)]
+                boxes = data.to_photo(boxes, shown, recipe.image_size)
+                entry = {
+                    "path": path,
+                    "top": top,
+                    "boxes": boxes.round(2).tolist(),
+                    "scores": scores.tolist(),
+                }
                 if flags.pictures:
                     entry["picture"] = picture_of(path, top, boxes[:6], out)
                 rows.writerow([path, *itertools.chain(*top)])
                 file.write(separator + json.dumps(entry, ensure_ascii=False))
                 separator = ",\n"
-                say(f"{i + 1}/{len(split)} {path}: " + ", ".join(f"{name} {share:.1%}" for name, share in top))
-        file.write('\n], "unreadable": ' + json.dumps(bad, ensure_ascii=False) + "}\n")
+                say(
+                    f"{i + 1}/{len(split)} {path}: " + ", ".join(f"{name} {share:.1%}" for name, share in top)
+                )
+        separator = (
+            separator if len(bad) == len(split) else ""
+        )  # no photo at all: the head is still to be written
+        file.write(f'{separator}], "unreadable": {json.dumps(bad, ensure_ascii=False)}}}\n')
     print(f"written: {out}/predictions.csv, predictions.json" + ", a picture of each photo" * flags.pictures)
     if bad:
         say(f"{len(bad)} of {len(split)} files could not be read: {', '.join(bad)}")
@@ -944,14 +1081,18 @@ def picture_of(path, top, boxes, out):
     scale = min(1.0, 800 / max(photo.size))
     width, height = (max(1, round(side * scale)) for side in photo.size)
     numbers = [str(n + 1) for n in range(len(boxes))]
-    photo = common.draw_boxes(photo.resize((width, height), reducing_gap=2), boxes * scale, numbers, width=2 + height // 300)
+    photo = common.draw_boxes(
+        photo.resize((width, height), reducing_gap=2), boxes * scale, numbers, width=2 + height // 300
+    )
     page = Image.new("RGB", (max(360, width), height + 80), "white")
     page.paste(photo)
     draw, middle = ImageDraw.Draw(page), page.width // 2
     for n, (name, share) in enumerate(top[:3]):
         y = height + 6 + 24 * n
         common.write(draw, (6, y), f"{share:.1%}  {name}", 16, middle - 12, fill="black")
-        draw.rectangle((middle, y, middle + share * (middle - 6), y + 16), fill=common.COLOURS[n], outline="black")
+        draw.rectangle(
+            (middle, y, middle + share * (middle - 6), y + 16), fill=common.COLOURS[n], outline="black"
+        )
     for n in itertools.count(1):
         name = f"{Path(path).stem}-{n}.png" if n > 1 else f"{Path(path).stem}.png"
         with contextlib.suppress(FileExistsError), open(out / name, "xb") as file:
@@ -960,7 +1101,7 @@ def picture_of(path, top, boxes, out):
 
 
 def figures(flags, recipes, world):
-    """The figures action: the paper's figure of some test images, of several runs side by side, and their curves."""
+    """The figures action: the paper's figure of test images, of several runs side by side; curves."""
     runs = [flags.run, *flags.words]
     out = make_folder(flags.out or (f"{flags.run}/figures" if len(runs) == 1 else "runs/figures"))
     if {read_run(run)["data"] for run in runs} == {flags.data}:
@@ -968,7 +1109,9 @@ def figures(flags, recipes, world):
         splits = [load_data(flags, recipe).test for _, _, recipe in models]
         n = min(map(len, splits))
         count = min(flags.images, n)
-        for i in [j * n // count + j % (n // count) for j in range(count)]:  # spread over the split and its classes
+        for i in [
+            j * n // count + j % (n // count) for j in range(count)
+        ]:  # spread over the split and its classes
             pages = [figure_of(*model, split, i, world) for model, split in zip(models, splits)]
             if len(runs) > 1:
                 pages = [common.headed(page, str(run)) for page, run in zip(pages, runs)]
@@ -990,13 +1133,19 @@ def figure_of(model, classes, recipe, split, i, world):
     if recipe.task != "classify":
         return common.headed(picture, f"{name}   identity {label}")
     share, best = answer.float().softmax(1)[0].max(0)
-    picture = common.headed(picture, f"{classes[best]} {share:.1%}", "#1a7f37" if best == label else "#c62828")
+    picture = common.headed(
+        picture, f"{classes[best]} {share:.1%}", "#1a7f37" if best == label else "#c62828"
+    )
     return common.headed(picture, f"{name}   {classes[label]}")
 
 
 def curves(runs):
-    """Learning curves of runs: losses, shares, learning rate, and score against cost where eval compared variants."""
-    charts = {("losses", "epoch", "nats"): {}, ("accuracy", "epoch", "%"): {}, ("learning rate", "epoch", ""): {}}
+    """Learning curves of runs: losses, shares, rate, and accuracy against cost of eval's variants."""
+    charts = {
+        ("losses", "epoch", "nats"): {},
+        ("accuracy", "epoch", "%"): {},
+        ("learning rate", "epoch", ""): {},
+    }
     losses, shares, rates = charts.values()
     for run in runs:
         tag = f"{Path(run).name} " if len(runs) > 1 else ""
@@ -1004,18 +1153,28 @@ def curves(runs):
             for name, value in entry.items():
                 chart, factor = losses, 1
                 if isinstance(value, dict):  # val, test: the headline
-                    (name, value), chart, factor = (f"{name} {next(iter(value))}", next(iter(value.values()))), shares, 100
+                    (name, value), chart, factor = (
+                        (f"{name} {next(iter(value))}", next(iter(value.values()))),
+                        shares,
+                        100,
+                    )
                 elif name.startswith(("top1", "reward")):
                     name, chart, factor = f"training {name}", shares, 100
                 elif name == "lr":
                     chart = rates
-                skip = name in ("step", "epoch", "seconds", "images_per_second") or chart is losses and tag and name != "loss"
+                skip = (
+                    name in ("step", "epoch", "seconds", "images_per_second")
+                    or chart is losses
+                    and tag
+                    and name != "loss"
+                )
                 if isinstance(value, (int, float)) and not skip:
                     chart.setdefault(tag + name, []).append((entry["epoch"], factor * value))
         path = Path(run) / "eval.json"
         rows = read_json(path, rows=list)["rows"] if path.exists() else []
         if len(rows) > 1:
-            points = sorted((row["macs"], 100 * next(iter(row["scores"].values()))) for row in rows)
+            with reading(path):
+                points = sorted((float(row["macs"]), 100 * [*row["scores"].values()][0]) for row in rows)
             charts.setdefault(("accuracy against cost", "GMACs an image", "%"), {})[Path(run).name] = points
     size = (460, 300 + 16 * max(map(len, charts.values())))
     return common.stack([common.plot(*names, series, size) for names, series in charts.items()], across=True)
@@ -1162,20 +1321,24 @@ def rows_of(method, flags, base):
         backbone = getattr(replace(METHODS[method].RECIPES[table.data], **training), "backbone", None)
         if table.data != flags.data:
             training = {field: value for field, value in training.items() if field in switches}
-        recipe = replace(base, **training | {"weights": weights.get(key, training.get("weights", base.weights))})
+        recipe = replace(
+            base, **training | {"weights": weights.get(key, training.get("weights", base.weights))}
+        )
         label, ours = name if flags.method else f"{method}: {name}", getattr(recipe, "backbone", None)
         if ours != backbone:
             label += f" ({ours})"
         if ours != backbone or table.data != flags.data:
             paper = None
-        home = next((row.home for row in rows if (row.recipe, row.start) == (recipe, start)), f"{method}-{key}")
+        home = next(
+            (row.home for row in rows if (row.recipe, row.start) == (recipe, start)), f"{method}-{key}"
+        )
         paper = paper if isinstance(paper, tuple) else (paper,)
         rows.append(Row(method, key, label, paper, recipe, evaluation, start, home))
     return rows
 
 
 def table(flags, recipes, world):
-    """The table action: every row over the seeds, beside the paper -> results.md, results.json, a JSON a row."""
+    """The table action: rows over seeds, beside the paper -> results.md, results.json, a JSON a row."""
     recipe, names = recipes[0][1], [flags.method] if flags.method else [*METHODS]
     names = [name for name in names if flags.method or flags.data in METHODS[name].RECIPES]
     tables = METHODS[names[0]].TABLES
@@ -1186,13 +1349,19 @@ def table(flags, recipes, world):
         raise ValueError(f"no table {flags.table!r} of {names[0]}; it has: {', '.join(tables)}")
     rows, given = [], {k: v for k, v in vars(recipe).items() if v != getattr(common.Recipe(), k, v)}
     for name in names:
-        rows += rows_of(name, flags, recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given))
+        rows += rows_of(
+            name, flags, recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given)
+        )
     keys, chosen = [row.key for row in rows], [key_of(name) for name in flags.rows]
     unknown = {*chosen, *(key_of(pair.rpartition("=")[0]) for pair in flags.row_weights)} - {*keys}
     if unknown or not flags.seeds:
-        raise ValueError(f"--rows {', '.join(unknown)}: the rows are {', '.join(keys)}; give one seed at least")
+        raise ValueError(
+            f"--rows {', '.join(unknown)}: the rows are {', '.join(keys)}; give one seed at least"
+        )
     load_data(flags, rows[0].recipe)  # says what is wrong with --root, once for all rows
-    title = f"{flags.method or 'all methods'}, table {flags.table}: {tables[flags.table].title}; on {flags.data}"
+    title = (
+        f"{flags.method or 'all methods'}, table {flags.table}: {tables[flags.table].title}; on {flags.data}"
+    )
     folder = Path(flags.out or f"runs/table-{flags.method or 'all'}-{flags.table}-{flags.data}")
     about, lines = {"title": title, "command": flags.command, **provenance(world), "seeds": flags.seeds}, []
     for row in (row for row in rows if not chosen or row.key in chosen):
@@ -1226,7 +1395,8 @@ def finish_row(row, rows, seed, folder, flags, world):
         recipe = replace(recipe, weights=str(folder / f"{start.home}-seed{seed}"))
     own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(home))
     begun = (home / "last.pt").exists()
-    if begun and module.Recipe(**values_of(module.Recipe(), read_run(home)["recipe"], home)) != recipe:
+    trained = values_of(module.Recipe(), read_run(home)["recipe"], f"{home}/run.json") if begun else {}
+    if begun and module.Recipe(**trained) != recipe:
         raise Refused(f"{home} was trained with other settings; delete it, or choose another --out")
     if not (home / "result.json").exists():
         trained = train(replace(own, resume=str(home) * begun), [("", recipe)], world)
@@ -1234,18 +1404,25 @@ def finish_row(row, rows, seed, folder, flags, world):
             return trained
     result = read_json(home / "result.json", commit=str, seconds=float)
     if result["commit"] != git_commit() and not flags.any_commit:
-        raise Refused(f"{home} is of commit {result['commit']}, this is {git_commit()}; delete it, or --any-commit")
-    evaluations, key = result.setdefault("evaluations", {}), json.dumps(row.evaluation, sort_keys=True)
+        raise Refused(
+            f"{home} is of commit {result['commit']}, this is {git_commit()}; delete it, or --any-commit"
+        )
+    with reading(home / "result.json"):
+        evaluations = result["evaluations"] = dict(result.get("evaluations", {}))
+    key = json.dumps(row.evaluation, sort_keys=True)
     if key not in evaluations:
         evaluations[key] = scored(home, replace(recipe, **row.evaluation), own, world)
         if world.rank == 0:
             write_json(home / "result.json", result)
         world.sum(np.zeros(1))  # the others wait
-    return {"seed": seed, "seconds": result["seconds"], "commit": result["commit"], **evaluations[key]}
+    with reading(home / "result.json"):
+        found = {"seed": seed, "seconds": result["seconds"], "commit": result["commit"], **evaluations[key]}
+        numbers_of(found)
+    return found
 
 
 def line_of(row, results, problem, metrics):
-    """A row as it is printed: what the paper has and what we have, mean +- sd (n) over the seeds, in % but for costs."""
+    """A row as it is printed: the paper and ours, mean +- sd (n) over the seeds, shares in %."""
     line = {"row": row.label}
     for i, metric in enumerate([*metrics, "seconds", "params", "macs", "ms", "pointing", "iou"]):
         values = [numbers_of(result).get(metric, math.nan) for result in results]
@@ -1253,7 +1430,9 @@ def line_of(row, results, problem, metrics):
         if len(values) > 1:
             ours += f" +- {statistics.stdev(values):.2g} ({len(values)})"
         if i < len(metrics):
-            line[f"{metric}, paper"] = "-" if (paper := row.paper[i % len(row.paper)]) is None else f"{paper:g}"
+            line[f"{metric}, paper"] = (
+                "-" if (paper := row.paper[i % len(row.paper)]) is None else f"{paper:g}"
+            )
         line |= {metric: ours} if metric not in line else {}
     return line
 
@@ -1264,7 +1443,7 @@ def numbers_of(result):
     shares = {"coverage": result.get("coverage", math.nan), "iou": iou.get("mean", math.nan)}
     shares |= {"pointing": pointing.get("best", math.nan), **result["scores"], **result.get("scale", {})}
     numbers = {name: 100 * share for name, share in shares.items() if isinstance(share, float)}
-    return numbers | {name: result[name] for name in ("seconds", "params", "macs", "ms")}
+    return numbers | {name: float(result[name]) for name in ("seconds", "params", "macs", "ms")}
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -1278,7 +1457,13 @@ def main(argv=None):
         recipe, world = recipes[0][1], start(flags)
         if world.rank and flags.action in ("predict", "figures", "profile"):
             return 0  # one process does these
-        actions = {"eval": evaluate_run, "predict": predict, "figures": figures, "profile": profile, "table": table}
+        actions = {
+            "eval": evaluate_run,
+            "predict": predict,
+            "figures": figures,
+            "profile": profile,
+            "table": table,
+        }
         status = actions.get(flags.action, train)(flags, recipes, world)
         return status if isinstance(status, int) else 0
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, Refused) as error:
@@ -1299,6 +1484,9 @@ def main(argv=None):
             return fail(1, f"this process lost the others: {text}")
         raise
     finally:
+        for worker in multiprocessing.active_children():
+            if worker.daemon:  # of a loader: one that is stuck would be waited for, and ignores SIGTERM
+                worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1314,7 +1502,7 @@ def fail(status, error):
 
 if __name__ == "__main__":
     status = main()
-    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort an interpreter that is shutting down, after all is done
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort an interpreter that is shutting down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
