@@ -170,12 +170,11 @@ def open_photo(path, upright=True, longest=None):
 
 def object_region(box, size, context=False):
     """Box clipped to a photo of size (h, w); `context` first adds fMoW's margin, large around small ones."""
-    edges = []
-    for low, high, side in zip(box[:2], box[2:], size[::-1]):
-        margin = (2.0, 1.0, 0.5, 0.3, 0.2, 0.15)[min(5, int(10 * (high - low) / side))] if context else 0.0
-        grow = (high - low) * margin / 2
-        edges.append((max(0.0, float(low - grow)), min(float(side), float(high + grow))))
-    (x1, x2), (y1, y2) = edges
+    sides, spans = np.tile(size[::-1], 2), np.tile(np.subtract(box[2:], box[:2]), 2)
+    if context:
+        margins = np.array([2.0, 1.0, 0.5, 0.3, 0.2, 0.15])[(10 * spans / sides).astype(int).clip(0, 5)]
+        box = box + margins * spans / 2 * [-1, -1, 1, 1]
+    x1, y1, x2, y2 = np.clip(box, 0, sides).tolist()
     if not (x2 - x1 >= 1 and y2 - y1 >= 1):
         raise ValueError(f"its object box {np.round(box, 1)} is outside; correct it or train with --no-boxes")
     return x1, y1, x2, y2
@@ -223,11 +222,8 @@ def cut(image, box, size, resample):
     left, top = round(max(0, -x1) / u), round(max(0, -y1) / v)
     right, bottom = W - round(max(0, x2 - w) / u), H - round(max(0, y2 - h) / v)
     inside = max(0, x1), max(0, y1), min(x2, w), min(y2, h)
-    piece = image.resize((right - left, bottom - top), resample, inside)
-    if piece.size == (W, H):
-        return piece
     page = Image.new("RGB", (W, H))
-    page.paste(piece, (left, top))
+    page.paste(image.resize((right - left, bottom - top), resample, inside), (left, top))
     return page
 
 
@@ -448,8 +444,8 @@ def load_official(name, root, recipe):
     except Exception as error:  # of text, numbers, JSON, XML, MATLAB files
         wrong = f"{base} is damaged or not the official release: {error or type(error).__name__}"
         raise ValueError(f"--data {name}: {wrong}; {AGAIN}") from None
-    if found != SETS[name][2:5] and recipe.train_split == "trainval":
-        splits.note += f"; classes, training and test images: {found}, published: {SETS[name][2:5]}"
+    if found != SETS[name][3:6] and recipe.train_split == "trainval":
+        splits.note += f"; classes, training and test images: {found}, published: {SETS[name][3:6]}"
     return splits
 
 
@@ -528,80 +524,6 @@ def load_folder(root, recipe):
 
 
 # ------------------------------------------------------------------------------------------- official sets
-
-CALTECH = "https://data.caltech.edu/records/65de6-vp158/files"
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-STANFORD = "http://vision.stanford.edu/aditya86/ImageNetDogs"
-BIRDS = "images images.txt image_class_labels.txt train_test_split.txt classes.txt bounding_boxes.txt"
-PERSONS, VEHICLES = "bounding_box_train query bounding_box_test", "image_train image_query image_test"
-# folders: of the set, in --root unless that is it already; files: what it holds, "|" parts alternatives;
-# classes (identities), training, test images (queries and gallery) as published, 0 where that is not known;
-# source: whom to ask for the archives, or these with their sha256
-Source = namedtuple("Source", "folders files classes train test source archives", defaults=((),))
-SETS = {
-    "imagenet": Source(
-        "ILSVRC/Data/CLS-LOC Data/CLS-LOC", "train val", 1000, 1281167, 50000,
-        "get it from image-net.org or Kaggle (by registration; ILSVRC2012_img_train.tar and _val.tar)",
-    ),
-    "cub": Source("CUB_200_2011", BIRDS, 200, 5994, 5794, "add --download", [
-        (f"{CALTECH}/CUB_200_2011.tgz", "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
-    ]),
-    "nabirds": Source(
-        "nabirds/nabirds nabirds", BIRDS, 555, 23929, 24633,
-        "get it from https://dl.allaboutbirds.org/nabirds (a form to agree to; nabirds.tar.gz)",
-    ),
-    "cars": Source(
-        "stanford_cars",
-        "devkit cars_train cars_test cars_test_annos_withlabels.mat|cars_annos.mat car_ims",
-        196, 8144, 8041,
-        "get it from a mirror (car_devkit.tgz, cars_train.tgz, cars_test.tgz, cars_test_annos_withlabels.mat;"
-        " the official pages are gone since 2023, see pytorch/vision#7545)",
-    ),
-    "aircraft": Source(
-        "fgvc-aircraft-2013b/data data", "images variants.txt images_box.txt", 100, 6667, 3333,
-        "add --download",
-        [(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-          "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75")],
-    ),
-    "flowers": Source("flowers-102", "jpg imagelabels.mat setid.mat", 102, 2040, 6149, "add --download", [
-        (f"{OXFORD}/flowers/102/102flowers.tgz",
-         "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
-        (f"{OXFORD}/flowers/102/imagelabels.mat", ""),
-        (f"{OXFORD}/flowers/102/setid.mat", ""),
-    ]),
-    "dogs": Source("ImageNetDogs", "Images train_list.mat test_list.mat", 120, 12000, 8580,
-                   "add --download", [
-        (f"{STANFORD}/images.tar", "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
-        (f"{STANFORD}/annotation.tar", "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
-        (f"{STANFORD}/lists.tar", "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c"),
-    ]),
-    "plant": Source(
-        "plant-pathology-2020-fgvc7 cassavaleafdata cassava-disease",
-        "train.csv images|train/cbb train/cbsd train/cgm train/cmd train/healthy", 5, 0, 0,
-        "get it from Kaggle (plant-pathology-2020-fgvc7, or cassava-disease: iCassava 2019)",
-    ),
-    "fmow": Source(
-        "fmow-rgb fmow", "train val", 62, 363572, 53473,
-        "get it from s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, 200 GB; aws s3 sync "
-        "--no-sign-request; its groundtruth.tar.bz2 has the labels of test)",
-    ),
-    "market1501": Source(
-        "Market-1501-v15.09.15", PERSONS, 751, 12936, 3368 + 15913,
-        "get it from its authors (Zheng et al., ICCV 2015; Market-1501-v15.09.15.zip)",
-    ),
-    "dukemtmc": Source(
-        "DukeMTMC-reID", PERSONS, 702, 16522, 2228 + 17661,
-        "its authors withdrew it in 2019: take a copy of DukeMTMC-reID.zip that you hold",
-    ),
-    "veri776": Source(
-        "VeRi", VEHICLES, 576, 37778, 1678 + 11579,
-        "get it from its authors (Liu et al., ECCV 2016; by e-mail)",
-    ),
-    "msmt17": Source(
-        "MSMT17_V1", "train test list_train.txt list_query.txt list_gallery.txt", 1041, 32621, 11659 + 82161,
-        "get it from its authors (Wei et al., CVPR 2018; a form to agree to; version 1)",
-    ),
-}
 
 
 def find(name, root):
@@ -765,18 +687,17 @@ def bird_parts(base, ids, boxes):
 
     They reach a tenth of the object's longer side (PCK at 0.1), at least a pixel, to each side; nan: unseen.
     """
-    file, points = base / "parts/part_locs.txt", {}
+    file = base / "parts/part_locs.txt"
     if not file.exists():
         return [], {}
+    names, row = Lines(base / "parts/parts.txt"), {image: k for k, image in enumerate(ids)}
+    order = sorted(names, key=lambda part: (len(part), part))
+    centre = np.full((len(ids), len(order), 4), np.nan, np.float32)
     with reading(file) as content:
         for line in content.decode().splitlines():
             image, part, x, y, visible = line.split()
-            if visible == "1":
-                points[image, part] = four((x, y, x, y))
-    names = Lines(base / "parts/parts.txt")
-    order = sorted(names, key=lambda part: (len(part), part))
-    unseen = [np.nan] * 4
-    centre = np.array([[points.get((image, part), unseen) for part in order] for image in ids], np.float32)
+            if visible == "1" and image in row:
+                centre[row[image], order.index(part)] = four((x, y, x, y))
     reach = np.maximum(1, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1))
     about = {"part_names": tuple(names[part] for part in order), "signature": (True,) * len(order)}
     return [centre + reach[:, None, None] * np.float32([-1, -1, 1, 1])], about
@@ -850,11 +771,9 @@ def load_plant(base, recipe):
     """
     table = base / "train.csv"
     if table.exists():
-        with reading(table) as content:
-            (head, *classes), *lines = (line.split(",") for line in content.decode("utf-8-sig").split())
-            if head != "image_id":
-                raise ValueError("it is not that of Plant Pathology 2020 (2021 has several labels a photo)")
-            marks = np.eye(len(classes), dtype=int).astype(str).tolist()  # a single 1 in each line
+        with reading(table) as content:  # image_id and the classes; of these, a single 1 in each line
+            (_, *classes), *lines = (line.split(",") for line in content.decode("utf-8-sig").split())
+            marks = np.eye(len(classes), dtype=int).astype(str).tolist()
             rows = [("train", f"{base}/images/{image}.jpg", line) for image, *line in sorted(lines)]
             train = splits_of(rows, marks, classes).train
     else:
@@ -904,15 +823,12 @@ def fmow_box(path, category):
     return 0, 0, 1e6, 1e6
 
 
-def reid(sides, camera):
-    """Identities by path of train, query, gallery -> Splits; those of train are counted from 0.
+def reid(*sides):
+    """Rows (path, identity, camera) of train, query, gallery -> Splits; those of train are counted from 0.
 
-    Junk (identity -1) is dropped; distractors (0 in Market-1501) stay. camera: where a file's name has it.
+    Junk (identity -1) is dropped; distractors (0 in Market-1501) stay.
     """
-    train, query, gallery = (
-        sorted((path, person, number_in(path, camera)) for path, person in side.items() if person != -1)
-        for side in sides
-    )
+    train, query, gallery = (sorted(row for row in side if row[1] != -1) for side in sides)
     if not (train and query and gallery):
         raise ValueError(f"{len(train)} photos in train, {len(query)} in query, {len(gallery)} in gallery")
     paths, labels, cameras = map(list, zip(*query, *gallery))
@@ -922,19 +838,19 @@ def reid(sides, camera):
     return Splits(Split(paths, [used.index(i) for i in labels], cameras=cameras), test, list(map(str, used)))
 
 
-def number_in(path, pattern):
-    """The number that a photo's name has of an identity or a camera."""
+def numbers_in(path, pattern):
+    """The numbers that a photo's name has of an identity and a camera."""
     match = re.match(pattern, os.path.basename(path))
     if not match:
         raise ValueError(f"{path} is not named like {pattern}")
-    return int(match[1])
+    return map(int, match.groups())
 
 
-def load_named(files, base, recipe):
+def load_named(base, recipe):
     """Market-1501, DukeMTMC-reID, VeRi-776: photos named IDENTITY_cCAMERA..., as 0002_c1s1_000451_03.jpg."""
-    sides = [map(str, (base / folder).glob("*.jpg")) for folder in files.split()]
-    identities = [{path: number_in(path, r"(-?\d+)_c\d") for path in paths} for paths in sides]
-    return reid(identities, r"-?\d+_c(\d+)")
+    folders = PERSONS if (base / "query").exists() else VEHICLES
+    sides = [map(str, (base / folder).glob("*.jpg")) for folder in folders.split()]
+    return reid(*([(path, *numbers_in(path, r"(-?\d+)_c(\d+)")) for path in side] for side in sides))
 
 
 def load_msmt17(base, recipe):
@@ -943,12 +859,90 @@ def load_msmt17(base, recipe):
     Identities of train and test overlap as numbers, not as persons. 0000_000_01_...: the third is the camera.
     """
     def listed(folder, name):
-        return {f"{base}/{folder}/{path}": i for path, i in Lines(base / f"list_{name}.txt", int).items()}
+        identities = Lines(base / f"list_{name}.txt", int).items()
+        return [(f"{base}/{folder}/{path}", i, *numbers_in(path, r"\d+_\d+_(\d+)")) for path, i in identities]
 
     train = listed("train", "train")
     if val_side(recipe) == "train" and (base / "list_val.txt").exists():
-        train |= listed("train", "val")
-    return reid((train, listed("test", "query"), listed("test", "gallery")), r"\d+_\d+_(\d+)")
+        train += listed("train", "val")
+    return reid(train, listed("test", "query"), listed("test", "gallery"))
+
+
+CALTECH = "https://data.caltech.edu/records/65de6-vp158/files"
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+STANFORD = "http://vision.stanford.edu/aditya86/ImageNetDogs"
+BIRDS = "images images.txt image_class_labels.txt train_test_split.txt classes.txt bounding_boxes.txt"
+PERSONS, VEHICLES = "bounding_box_train query bounding_box_test", "image_train image_query image_test"
+# read(folder, recipe) -> Splits; folders: of the set, in --root unless that is it already; files: what it
+# holds, "|" parts alternatives; classes (identities), training, test images (queries and gallery) as published, 0 where that is not known;
+# source: whom to ask for the archives, or these with their sha256
+Source = namedtuple("Source", "read folders files classes train test source archives", defaults=((),))
+SETS = {
+    "imagenet": Source(
+        load_imagenet, "ILSVRC/Data/CLS-LOC Data/CLS-LOC", "train val", 1000, 1281167, 50000,
+        "get it from image-net.org or Kaggle (by registration; ILSVRC2012_img_train.tar and _val.tar)",
+    ),
+    "cub": Source(load_birds, "CUB_200_2011", BIRDS, 200, 5994, 5794, "add --download", [
+        (f"{CALTECH}/CUB_200_2011.tgz", "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
+    ]),
+    "nabirds": Source(
+        load_birds, "nabirds/nabirds nabirds", BIRDS, 555, 23929, 24633,
+        "get it from https://dl.allaboutbirds.org/nabirds (a form to agree to; nabirds.tar.gz)",
+    ),
+    "cars": Source(
+        load_cars, "stanford_cars",
+        "devkit cars_train cars_test cars_test_annos_withlabels.mat|cars_annos.mat car_ims",
+        196, 8144, 8041,
+        "get it from a mirror (car_devkit.tgz, cars_train.tgz, cars_test.tgz, cars_test_annos_withlabels.mat;"
+        " the official pages are gone since 2023, see pytorch/vision#7545)",
+    ),
+    "aircraft": Source(
+        load_aircraft, "fgvc-aircraft-2013b/data data", "images variants.txt images_box.txt", 100, 6667, 3333,
+        "add --download",
+        [(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+          "d5f68b1b81d6d7831eb9d5c5517074176b5dfbce6bcb43dc14ed1c66a87b8d75")],
+    ),
+    "flowers": Source(load_flowers, "flowers-102", "jpg imagelabels.mat setid.mat", 102, 2040, 6149,
+                      "add --download", [
+        (f"{OXFORD}/flowers/102/102flowers.tgz",
+         "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
+        (f"{OXFORD}/flowers/102/imagelabels.mat", ""),
+        (f"{OXFORD}/flowers/102/setid.mat", ""),
+    ]),
+    "dogs": Source(load_dogs, "ImageNetDogs", "Images train_list.mat test_list.mat", 120, 12000, 8580,
+                   "add --download", [
+        (f"{STANFORD}/images.tar", "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+        (f"{STANFORD}/annotation.tar", "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
+        (f"{STANFORD}/lists.tar", "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c"),
+    ]),
+    "plant": Source(
+        load_plant, "plant-pathology-2020-fgvc7 cassavaleafdata cassava-disease",
+        "train.csv images|train/cbb train/cbsd train/cgm train/cmd train/healthy", 5, 0, 0,
+        "get it from Kaggle (plant-pathology-2020-fgvc7, or cassava-disease: iCassava 2019)",
+    ),
+    "fmow": Source(
+        load_fmow, "fmow-rgb fmow", "train val", 62, 363572, 53473,
+        "get it from s3://spacenet-dataset/Hosted-Datasets/fmow/fmow-rgb (free, 200 GB; aws s3 sync "
+        "--no-sign-request; its groundtruth.tar.bz2 has the labels of test)",
+    ),
+    "market1501": Source(
+        load_named, "Market-1501-v15.09.15", PERSONS, 751, 12936, 3368 + 15913,
+        "get it from its authors (Zheng et al., ICCV 2015; Market-1501-v15.09.15.zip)",
+    ),
+    "dukemtmc": Source(
+        load_named, "DukeMTMC-reID", PERSONS, 702, 16522, 2228 + 17661,
+        "its authors withdrew it in 2019: take a copy of DukeMTMC-reID.zip that you hold",
+    ),
+    "veri776": Source(
+        load_named, "VeRi", VEHICLES, 576, 37778, 1678 + 11579,
+        "get it from its authors (Liu et al., ECCV 2016; by e-mail)",
+    ),
+    "msmt17": Source(
+        load_msmt17, "MSMT17_V1", "train test list_train.txt list_query.txt list_gallery.txt",
+        1041, 32621, 11659 + 82161,
+        "get it from its authors (Wei et al., CVPR 2018; a form to agree to; version 1)",
+    ),
+}
 
 
 def download(name, root):
@@ -1259,24 +1253,7 @@ def load_toy(root, recipe):
     classes = ["-".join(values[int(v)] for values, v in zip(names, code)) for code in preset.codes]
     return Splits(*splits, classes)
 
-
-DATASETS = {  # name -> reader(root, recipe) -> Splits; the root of an official set is its own folder
-    "toy": load_toy,
-    "folder": load_folder,
-    "imagenet": load_imagenet,
-    "cub": load_birds,
-    "nabirds": load_birds,
-    "cars": load_cars,
-    "aircraft": load_aircraft,
-    "flowers": load_flowers,
-    "dogs": load_dogs,
-    "plant": load_plant,
-    "fmow": load_fmow,
-    "market1501": functools.partial(load_named, PERSONS),
-    "dukemtmc": functools.partial(load_named, PERSONS),
-    "veri776": functools.partial(load_named, VEHICLES),
-    "msmt17": load_msmt17,
-}
+DATASETS = {"toy": load_toy, "folder": load_folder} | {name: source.read for name, source in SETS.items()}
 
 # ------------------------------------------------------------------------------------------- scores
 

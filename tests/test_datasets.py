@@ -595,7 +595,7 @@ DAMAGE = [  # set, its maker, file, old content (None: all of it), new content, 
     ("plant", plant, "train.csv", b"Train_1,0,1,0,0", b"Train_1,0,1,1,0", "train.csv.*'1', '1'"),
     ("plant", plant, "train.csv", b"Train_1,0,1,0,0", b"Train_1,,,,", "train.csv.*'', ''"),
     ("plant", plant, "train.csv", b"Train_1,0,1", b"Train_1,0," + b"1" * 200_000, "train.csv"),
-    ("plant", plant, "train.csv", None, b"image,labels\r\n8001.jpg,rust scab\r\n", "train.csv.*2021"),
+    ("plant", plant, "train.csv", None, b"image,labels\r\n8001.jpg,rust scab\r\n", "train.csv.*rust"),
     ("plant", plant, "train.csv", None, b"", "train.csv"),
     ("fmow", fmow, "val/zoo/zoo_1/zoo_1_0_rgb.json", None, b"{}", "zoo_1_0_rgb.json"),
     ("fmow", fmow, "val/zoo/zoo_1/zoo_1_0_rgb.json", None, DEEP, "zoo_1_0_rgb.json"),
@@ -639,7 +639,7 @@ def test_a_wrong_root_says_what_is_missing_and_where_to_get_it(tmp_path):
 
 
 def test_published_counts_are_those_of_the_fact_sheet():
-    assert {name: tuple(source[2:5]) for name, source in data.SETS.items()} == {
+    assert {name: tuple(source[3:6]) for name, source in data.SETS.items()} == {
         "imagenet": (1000, 1_281_167, 50_000), "cub": (200, 5994, 5794), "cars": (196, 8144, 8041),
         "aircraft": (100, 6667, 3333), "flowers": (102, 2040, 6149), "dogs": (120, 12_000, 8580),
         "nabirds": (555, 23_929, 24_633), "plant": (5, 0, 0), "fmow": (62, 363_572, 53_473),
@@ -668,7 +668,7 @@ def own(root, **counts):
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("Train", "val"), ("training", "VALID")])
 def test_a_folder_has_train_and_test_under_their_usual_names_without_hidden_files(tmp_path, train, test):
-    for path in ("b ü/2.JPG", "b ü/1.png", "a/x.WebP", "a/deep/y.bmp", "a/._x.png", ".x/x.png", "a/.x/x.png"):
+    for path in ("b ü/2.JPG", "b ü/1.png", "a/x.WebP", "a/deep/y.bmp", "a/._x.png", ".x/x.png"):
         photo(tmp_path / train / path, format=None)
     photo(tmp_path / test / "b ü/3.tif", format=None)
     write(tmp_path / train / "a/notes.txt", "no photo")
@@ -730,8 +730,8 @@ def test_own_photos_are_looked_through_and_the_unreadable_ones_named_together(tm
     write(tmp_path / "train/a/empty.jpg", b"")
     write(tmp_path / "train/b/text.jpg", "not a photo")
     (tmp_path / "test/a/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    faults = "a/empty.jpg .cannot", "b/text.jpg .cannot identify image file.", "gone.jpg .no such file."
-    with pytest.raises(ValueError, match=f"^3 photos cannot be read: .*{', .*'.join(faults)}; .*--skip-bad"):
+    faults = "a/empty.jpg .cannot identify image file.*b/text.jpg .cannot.*gone.jpg .no such file.; .*--skip"
+    with pytest.raises(ValueError, match=f"^3 photos cannot be read: .*{faults}"):
         load("folder", tmp_path)
     splits = load("folder", tmp_path, skip_bad=True)
     assert (len(splits.train), len(splits.test)) == (6, 2) and splits.train.upright and splits.test.upright
