@@ -27,7 +27,7 @@ import train
 HERE = Path(train.__file__).parent
 METHODS = list(train.METHODS)
 SMALL = ["--toy-train", "2", "--toy-test", "1", "--batch-size", "8"]
-TINY = ["--method", "tdsa", *SMALL, "--iterations", "6", "--eval-every", "1"]  # 4 steps an epoch, two epochs
+TINY = ["--method", "tdsa", *SMALL, "--image-size", "48", "--resize", "52", "--iterations", "6"]  # 4 steps an epoch
 FOLDER = ["--method", "tdsa", "--data", "folder", "--backbone", "toy", "--image-size", "32", "--resize", "32"]
 FOLDER += ["--batch-size", "4", "--epochs", "1", "--weights", "none"]
 
@@ -174,7 +174,7 @@ def test_help_fits_a_screen_has_examples_and_help_all_every_switch(capsys):
         assert "--label-smoothing" not in text
     text = "\n".join(lines("--method", "tdsa", "--data", "cub", "--help-all"))
     fields = dataclasses.fields(train.METHODS["tdsa"].Recipe)
-    assert all(common.flag(f) in text for f in fields) and "[448" in text
+    assert all(common.flag(f) in text for f in fields) and "[224,224]" in text
 
 
 def test_a_call_has_its_flags_recipe_run_and_words(trained, room):
@@ -218,13 +218,13 @@ WRONG = """
 --method tnet --run r ; --resume DIR
 --method tnet --locations 0,1 ; several values are for eval and profile
 --method tdsa --task reid ; --task
---method tnet --out text.txt ; is a file
---method tnet --out text.txt/x ; is a file
+--method tnet --out text.txt ; a file is
+--method tnet --out text.txt/x ; a file is
 --method tnet --data folder ; --root
 --method tnet --data folder --root nowhere ; nowhere
 --method tnet --data cub --root empty ; empty
---method tnet --weights nowhere.pt ; nowhere.pt
---method tdsa --weights text.txt ; text.txt
+--method tnet --toy-train 1 --toy-test 1 --weights nowhere.pt ; nowhere.pt
+--method tdsa --toy-train 1 --toy-test 1 --weights text.txt ; text.txt
 --resume nowhere ; no run folder
 --resume empty ; no run folder
 --resume r --lr 3 ; goes on with the run's own recipe
@@ -473,7 +473,7 @@ def test_a_run_killed_after_its_last_checkpoint_or_line_still_ends_with_its_scor
 
 def test_a_folder_without_a_checkpoint_is_begun_anew_by_the_same_command_and_by_resume(room, capsys):
     assert run(*TINY, "--out", "whole") == 0
-    assert run(*TINY, "--out", "whole") == 2 and "holds a finished run" in capsys.readouterr().err
+    assert run(*TINY, "--out", "whole") == 2 and "eval whole shows it" in capsys.readouterr().err
     about = Path("whole/run.json").read_text()
     for i, left in enumerate(([], ["run.part"], ["run.json"], ["run.json", "log.jsonl", "last.part"])):
         folder = Path(f"r{i}")
@@ -487,7 +487,7 @@ def test_a_folder_without_a_checkpoint_is_begun_anew_by_the_same_command_and_by_
 def test_of_two_starts_into_one_folder_one_wins_and_the_other_says_so(room, capsys):
     process = forked(*TINY, "--iterations", 10**6, "--save-every", 1, "--out", "r")
     wait_for("r/run.json", process)
-    assert run(*TINY, "--out", "r") == 2 and re.search("another process trains in it|holds an unfinished", capsys.readouterr().err)
+    assert run(*TINY, "--out", "r") == 2 and re.search("another process trains in it|holds the run", capsys.readouterr().err)
     wait_for("r/last.pt", process)
     assert run("--resume", "r") == 2 and "another process trains in it" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGTERM)
