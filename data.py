@@ -170,10 +170,11 @@ def open_photo(path, upright=True, longest=None):
 
 def object_region(box, size, context=False):
     """Box clipped to a photo of size (h, w); `context` first adds fMoW's margin, large around small ones."""
-    sides, spans = np.tile(size[::-1], 2), np.tile(np.subtract(box[2:], box[:2]), 2)
+    box, sides = np.float32(box), np.tile(np.float32(size[::-1]), 2)
     if context:
-        margins = np.array([2.0, 1.0, 0.5, 0.3, 0.2, 0.15])[(10 * spans / sides).astype(int).clip(0, 5)]
-        box = box + margins * spans / 2 * [-1, -1, 1, 1]
+        spans = np.tile(box[2:] - box[:2], 2)
+        margins = np.float32([2.0, 1.0, 0.5, 0.3, 0.2, 0.15])[(10 * spans / sides).astype(int).clip(0, 5)]
+        box = box + margins * spans / 2 * np.float32([-1, -1, 1, 1])
     x1, y1, x2, y2 = np.clip(box, 0, sides).tolist()
     if not (x2 - x1 >= 1 and y2 - y1 >= 1):
         raise ValueError(f"its object box {np.round(box, 1)} is outside; correct it or train with --no-boxes")
@@ -874,8 +875,8 @@ STANFORD = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 BIRDS = "images images.txt image_class_labels.txt train_test_split.txt classes.txt bounding_boxes.txt"
 PERSONS, VEHICLES = "bounding_box_train query bounding_box_test", "image_train image_query image_test"
 # read(folder, recipe) -> Splits; folders: of the set, in --root unless that is it already; files: what it
-# holds, "|" parts alternatives; classes (identities), training, test images (queries and gallery) as published, 0 where that is not known;
-# source: whom to ask for the archives, or these with their sha256
+# holds, "|" parts alternatives; classes (identities), training, test images (queries and gallery) as
+# published, 0 where that is not known; source: whom to ask for the archives, or these with their sha256
 Source = namedtuple("Source", "read folders files classes train test source archives", defaults=((),))
 SETS = {
     "imagenet": Source(

@@ -2,6 +2,7 @@
 
 Nothing is fetched: every file is made here.
 """
+import functools
 import hashlib
 import json
 import struct
@@ -130,6 +131,7 @@ HOSTILE = {
     "cells announced": mat() + bare(head(1, (2**30, 2))),
     "reserved type": mat() + bare(head(6, (1, 1)) + element(11, bytes(8))),
     "complex": mat() + bare(head(6, (1, 1)) + element(9, bytes(8)) * 2),
+    "deep": mat() + functools.reduce(lambda deep, _: bare(head(1, (1, 1)) + deep), range(3000), b""),
 }
 
 
@@ -138,24 +140,6 @@ def test_a_hostile_mat_file_is_an_error_that_names_it(tmp_path, name):
     write(tmp_path / "bad.mat", HOSTILE[name])
     with pytest.raises(ValueError, match="bad.mat: "):
         data.columns(tmp_path / "bad.mat", "", ["v"])
-
-
-def test_a_deeply_nested_or_mutated_mat_file_gives_columns_or_an_error_that_names_it(tmp_path):
-    rng, outcomes, deep = np.random.default_rng(0), [], b""
-    for _ in range(5000):
-        deep = bare(head(1, (1, 1)) + deep)
-    for i in range(800):
-        content = bytearray(mat(i % 3 == 0, **EVERY_KIND) if i else mat() + deep)
-        for _ in range(int(rng.integers(1, 4)) if i else 0):
-            at = int(rng.integers(128, len(content)))
-            content[at] = int(rng.choice([0, 1, 2, 4, 14, 15, 255, rng.integers(256)]))
-        write(tmp_path / "some.mat", bytes(content))
-        try:
-            outcomes.append(len(data.columns(tmp_path / "some.mat", "", ["cell"], ["labels"])))
-        except ValueError as error:
-            assert "some.mat: " in str(error)
-            outcomes.append(0)
-    assert not outcomes[0] and outcomes.count(0) > 200 and outcomes.count(2) > 40
 
 
 # ---------------------------------------------------------------------- CUB and NABirds
@@ -188,10 +172,9 @@ def cub(base):
     return birds(base, CUB, classes, "1 back\n2 left eye\n10 throat\n", places)
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_cub_is_joined_by_id_with_boxes_parts_and_class_names(tmp_path, inside):
+def test_cub_is_joined_by_id_with_boxes_parts_and_class_names(tmp_path):
     base = cub(tmp_path / "CUB_200_2011")
-    splits = load("cub", tmp_path if inside else base)
+    splits = load("cub", tmp_path)
     assert splits.classes == ["Black Tern", "St.Helena", "Sooty Tern"] and splits.val is None
     assert listed(splits.train, base / "images") == [(CUB[i][0], CUB[i][1] - 1) for i in (2, 3, 4, 6, 11)]
     assert listed(splits.test, base / "images") == [(CUB[i][0], CUB[i][1] - 1) for i in (1, 5, 10)]
@@ -262,10 +245,9 @@ def cars(base):
     return base
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_cars_in_the_original_layout(tmp_path, inside):
+def test_cars_in_the_original_layout(tmp_path):
     base = cars(tmp_path / "stanford_cars")
-    splits = load("cars", tmp_path if inside else base)
+    splits = load("cars", tmp_path)
     assert listed(splits.train, base) == [(f"cars_train/0000{i}.jpg", i - 1) for i in (1, 2, 3)]
     assert listed(splits.test, base) == [(f"cars_test/0000{i}.jpg", (1, 2, 1)[i - 1]) for i in (1, 2, 3)]
     assert splits.train.boxes.tolist() == [[0, 0, 24, 18], [2, 3, 20, 15], [1, 1, 300, 9]]  # counted from 0
@@ -333,10 +315,9 @@ def flowers(base):
     return base
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_flowers_trains_on_trnid_and_valid_and_tests_on_tstid(tmp_path, inside):
+def test_flowers_trains_on_trnid_and_valid_and_tests_on_tstid(tmp_path):
     base = flowers(tmp_path / "flowers-102")
-    splits = load("flowers", tmp_path if inside else base)
+    splits = load("flowers", tmp_path)
     expected = {i: (f"jpg/image_0000{i}.jpg", label) for i, label in enumerate((76, 0, 59, 76, 0, 59), 1)}
     assert listed(splits.train, base) == [expected[i] for i in (2, 5, 6)]
     assert listed(splits.test, base) == [expected[i] for i in (1, 3, 4)]
@@ -512,9 +493,7 @@ def people(base, folders=("bounding_box_train", "query", "bounding_box_test"), f
     return base
 
 
-@pytest.mark.parametrize("name, folder", [
-    ("market1501", "Market-1501-v15.09.15"), ("market1501", ""), ("dukemtmc", "DukeMTMC-reID"),
-])
+@pytest.mark.parametrize("name, folder", [("market1501", ""), ("dukemtmc", "DukeMTMC-reID")])
 def test_market_and_duke_number_training_identities_keep_distractors_and_drop_junk(tmp_path, name, folder):
     base = people(tmp_path / folder)
     splits = load(name, tmp_path)
@@ -567,21 +546,14 @@ def test_msmt17_reads_its_lists_with_or_without_val(tmp_path):
 LONG, DEEP, NUMBERED = b"9" * 400, b"[" * 200_000, mat(annotations=annos([row(1)] * 3, [1, 2, 3]))
 DAMAGE = [  # set, its maker, file, old content (None: all of it), new content, what the error says
     ("cub", cub, "image_class_labels.txt", b"4 2\n", b"", "image_class_labels.txt has no line for 4"),
-    ("cub", cub, "image_class_labels.txt", b"4 2\n", b"4 7\n", "classes.txt has no line for 7"),
-    ("cub", cub, "image_class_labels.txt", b"4 2\n", b"4 two\n", "image_class_labels.txt.*'two'"),
     ("cub", cub, "image_class_labels.txt", b"4 2\n", b"4 " + LONG + b"\n", "classes.txt has no line for 999"),
     ("cub", cub, "train_test_split.txt", b"4 1", b"4 2", "train_test_split.txt.*'2'"),
     ("cub", cub, "train_test_split.txt", b" 0", b" 1", "no training or no test photos"),
     ("cub", cub, "bounding_boxes.txt", b"4 10.5 3.0", b"4 10.5", "bounding_boxes.txt.*four numbers"),
-    ("cub", cub, "bounding_boxes.txt", b"4 10.5", b"4 " + LONG, "bounding_boxes.txt.*four numbers"),
-    ("cub", cub, "bounding_boxes.txt", b"4 10.5", b"4 nan", "bounding_boxes.txt.*four numbers"),
     ("cub", cub, "parts/part_locs.txt", b"1 10 0.0", b"1 10 ", "part_locs.txt"),
-    ("cub", cub, "parts/part_locs.txt", b"12.0", LONG, "part_locs.txt.*four numbers"),
     ("cub", cub, "images.txt", b"S_03", b"S_33", r"S_33.jpg is listed but not there \(1 of 8 photos"),
-    ("cub", cub, "images.txt", b"002.St", b"004.St", "004.St.Helena"),
     ("cars", cars, "devkit/cars_train_annos.mat", None, mat(annotations=annos(["1"])), "train_annos.*class"),
     ("cars", cars, "devkit/cars_meta.mat", None, mat(class_names=CAR_NAMES[:2]), "3 is not in range"),
-    ("cars", cars, "devkit/cars_meta.mat", None, mat(class_names=row(1, 2, 3)), "cars_meta.mat"),
     ("cars", cars, "cars_test_annos_withlabels.mat", None, NUMBERED, "withlabels.mat"),
     ("aircraft", aircraft, "images_variant_test.txt", None, b"0000010 Concorde", "variant_test.*'Concorde'"),
     ("flowers", flowers, "imagelabels.mat", None, mat(labels=row(77, 1, 60, 103, 1, 60)), "103 is not in"),
@@ -592,8 +564,6 @@ DAMAGE = [  # set, its maker, file, old content (None: all of it), new content, 
     ("dogs", dogs, f"Annotation/{DOGS[0][:-4]}", None, voc((1, 2, 3)), "n_7"),
     ("dogs", dogs, f"Annotation/{DOGS[0][:-4]}", None, b'<?xml version="1.0" encoding="x-no"?><a/>', "n_7"),
     ("plant", plant, "train.csv", b"Train_1,0,1,0,0", b"Train_1,0,0,0,0", "train.csv.*'0', '0', '0', '0'"),
-    ("plant", plant, "train.csv", b"Train_1,0,1,0,0", b"Train_1,0,1,1,0", "train.csv.*'1', '1'"),
-    ("plant", plant, "train.csv", b"Train_1,0,1,0,0", b"Train_1,,,,", "train.csv.*'', ''"),
     ("plant", plant, "train.csv", b"Train_1,0,1", b"Train_1,0," + b"1" * 200_000, "train.csv"),
     ("plant", plant, "train.csv", None, b"image,labels\r\n8001.jpg,rust scab\r\n", "train.csv.*rust"),
     ("plant", plant, "train.csv", None, b"", "train.csv"),
