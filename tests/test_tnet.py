@@ -140,10 +140,11 @@ def test_sec51_bagnet_pads_like_tensorflow():
         assert tnet.leaky(torch.tensor([-1.0])).item() == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("backbone, grid, stride, centres", [
-    ("efficientnet_b0", 3, 16, [48, 112, 176]), ("efficientnet_b0", 5, 16, [48, 80, 112, 144, 176]),
-    ("efficientnet_b1", 5, 8, [48, 80, 112, 144, 176])])
-def test_sec32_candidate_locations_of_efficientnet_sit_where_the_cells_are(backbone, grid, stride, centres):
+@pytest.mark.parametrize("backbone, grid, stride, centres, sees", [
+    ("efficientnet_b0", 3, 16, [48, 112, 176], 147), ("efficientnet_b0", 5, 16, [48, 80, 112, 144, 176], 83),
+    ("efficientnet_b1", 5, 8, [48, 80, 112, 144, 176], 79)])
+def test_sec32_candidate_locations_of_efficientnet_sit_where_the_cells_are(
+        backbone, grid, stride, centres, sees):
     tap = tnet.TAPS[backbone, grid, 224]
     assert [stride * row for row in range(224 // stride)[tap.lines]] == centres
     torch.manual_seed(0)
@@ -154,7 +155,7 @@ def test_sec32_candidate_locations_of_efficientnet_sit_where_the_cells_are(backb
     image = torch.randn(1, 3, 224, 224, requires_grad=True)
     net(image)[0][0, :, grid // 2, grid // 2].sum().backward()
     reach = image.grad[0].abs().amax((0, 2)).nonzero()
-    assert (reach.min() + reach.max()) / 2 == 112
+    assert (reach.min() + reach.max()) / 2 == 112 and reach.max() - reach.min() + 1 == sees
 
 
 @pytest.mark.parametrize("name, eps, rate, dropout", [("fmow", 1e-3, 0.3, 0.5), ("cub", 1e-5, 0.5, 0.75)])
