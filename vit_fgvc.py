@@ -15,17 +15,19 @@ Attention can also erase what the model looks at, or zoom in on it, so that trai
 
 Where the paper and the authors' code (mv-lab/ViT-FGVC8, notebooks without weights) differ, and what our
 recipes do ("code" in the help of the switches is the authors'):
-    map         paper: attention weights multiplied layer by layer. Code, ours: first the identity of the
-                residual path is added to each layer's weights, rows then sum to one ("rollout"). No switch
+    map         paper ("attention flow"): attention weights multiplied layer by layer. Code, ours: first the
+                identity of the residual path is added to a layer's weights, rows then sum to one
+                ("rollout"). No switch
     threshold   paper: histogram-based, the mean works well. Code, ours: mean (its local Gaussian one is not
-                used and not here). --threshold median
+                used and not here). --threshold median is another histogram's, and our choice
     closing     paper: grayscale, of the binary map. Code, ours: binary, a 3 x 3 cross, which is the same
     box choice  paper: the component with the largest attention. Code, ours: inside its box, even another
                 component's. --score region
-    part crop   paper: "0.3 of the area ~ 112 x 112", which is 0.29 of the side. Code, ours: a third of the
-                side, 128 of 384 pixels. --part-crop 0.2917
+    part crop   paper: 0.3 of the object's area, about 112 x 112, which is 0.29 of the side. Code, ours: 128
+                of 384 pixels of the side (Cars 170, Aircraft 224). --part-crop 0.2917
     score map   paper: windows are scored on a map 384 pixels wide. Code, ours: 128. No switch
-    parts from  paper: "a higher resolution". Code, ours: the object image. --part-source highres
+    parts from  paper: the object image (Sec. 2 c), "a higher resolution" (Sec. 3). Code, ours: the object
+                image. --part-source highres
     L_c         paper: sum over the parts. Code, ours: their mean, label smoothing 0.1. --part-reduction sum
     passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only in
                 training with --erase or --attention-crop
@@ -36,14 +38,14 @@ recipes do ("code" in the help of the switches is the authors'):
     training    paper: "sequential (multi-stage)". Code, ours: all stages at once, after a phase with the
                 encoder frozen
 Where ours differs from both: RAdam without Lookahead (the code's "ranger"), with constant betas; no random
-warp among the augmentations; the photo is reduced to the encoder's size by an antialiased filter
-(--full-resize nearest is the code's); the fallback box is central in evaluation; a map that is constant up to
-rounding falls back instead of cropping speckle; where windows run out, the last part is repeated; bf16 for
-the code's fp16.
+warp, reflected border or (the paper's) noise among the augmentations; the photo is reduced to the encoder's
+size by an antialiased filter (--full-resize nearest is the code's); the fallback box is central in
+evaluation; a map that is constant up to rounding falls back instead of cropping speckle; where windows run
+out, the last part is repeated; bf16 for the code's fp16.
 Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says,
 and 12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled
 photos, and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The
-test split of `--data plant` is a hold-out of our own.
+test split of `--data plant`, either set, is a hold-out of our own.
 
     python train.py --method vit_fgvc                              # toy birds
     python train.py --method vit_fgvc --data cub --root DIR        # the CUB recipe of the authors
@@ -80,16 +82,18 @@ class Recipe(common.Recipe):
         "mean", "prediction: of one stage, or the mean (our choice)", ("full", "object", "parts", "mean"))
     part_reduction: str = opt("mean", "loss of the parts: mean (code) or sum (Eq. 1)", ("mean", "sum"))
     head_fusion: str = opt("mean", "joins a layer's heads in the map (code: mean)", ("mean", "max", "min"))
-    threshold: str = opt("mean", "foreground: above the mean (Sec. 2.1) or the median", ("mean", "median"))
+    threshold: str = opt("mean", "foreground: above mean (Sec. 2.1) or median (ours)", ("mean", "median"))
     score: str = opt("bbox", "object: most attention in bbox (code) or region (Sec. 2.1)", ("bbox", "region"))
     min_object_area: float = share(64**2 / 448**2, "smallest object, as a share of the photo (code)")
-    fallback: float = share(384 / 448, "without an object: side of the box, a share of the photo's (code)")
+    fallback: float = share(
+        384 / 448, "side of the box without an object, a share of the photo's (code)", least=0.01)
     parts: int = opt(2, "number of parts (Sec. 2.2)", least=1, most=99)
-    part_crop: float = share(1 / 3, "side of a part, a share of the object's (code; Sec. 2.2: 112 / 384)")
+    part_crop: float = share(
+        1 / 3, "side of a part, a share of the object's (code; Sec. 2.2: 112 / 384)", least=0.01)
     part_source: str = opt("object", "parts from object (code); photo (Sec. 3)", ("object", "highres"))
-    part_iou: float = share(0.1, "largest IoU of two parts (code)")
+    part_iou: float = share(0.1, "largest IoU of two parts (code)", most=0.99)
     score_pool: str = opt(
-        "avg", "a window's score: average, maximum, generalised mean, p 3 (Sec. 2.2)", ("avg", "max", "gem"))
+        "avg", "a window's score: average, maximum, generalised mean (Sec. 2.2; p 3)", ("avg", "max", "gem"))
     stride: int = opt(1, "step between windows, pixels of the score map (Sec. 2.2)", least=1, most=8192)
     erase: bool = opt(False, "training: erase the most attended pixels of photos and objects (Sec. 2.3)")
     erase_prob: float = share(0.5, "erase: probability P for an image (code)")
@@ -128,7 +132,7 @@ RECIPES = {
         min_object_area=128**2 / 786**2, fallback=384 / 786, part_crop=224 / 384,
         phases=(4, 16), head_lr=(3, 1), encoder_lr=(0, 0.04),
     ),
-    "plant": CUB,  # not the set of Table 1 (see above); the authors give no recipe
+    "plant": CUB,  # Plant Pathology 2020 or iCassava, which is Table 1's; the authors give no recipe
     "folder": CUB,
     "toy": Recipe(
         image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0),
@@ -279,8 +283,8 @@ def part_boxes(maps, recipe):
     windows than parts fit, the last is repeated.
     """
     r, side, size = recipe, maps.shape[2], recipe.encoder_size
-    crop = max(1, round(r.part_crop * size))
-    kernel = max(1, crop * side // size)
+    window = max(1, round(r.part_crop * size))
+    kernel = max(1, window * side // size)
     pooling = F.max_pool2d if r.score_pool == "max" else F.avg_pool2d
     scores = pooling(maps**3 if r.score_pool == "gem" else maps, kernel, r.stride)  # no root: same order
     steps = torch.arange(scores.shape[2], device=maps.device) * r.stride
@@ -295,8 +299,8 @@ def part_boxes(maps, recipe):
         best, index = scores.max(1)
         chosen.append(torch.where(best > -torch.inf, index, chosen[-1]))
     corners = corners[torch.stack(chosen, 1)]  # (B, P, 2)
-    corners = (corners * size // side).clamp(max=size - crop)  # pixels of the image
-    return torch.cat([corners, corners + crop], 2)
+    corners = (corners * size // side).clamp(max=size - window)  # pixels of the image
+    return torch.cat([corners, corners + window], 2)
 
 
 def crop(images, boxes, size):
@@ -342,7 +346,7 @@ def fuse(logits, fusion):
 
 # -------------------------------------------------------------------------------- Fig. 2: the model
 
-SCORE_MAP = 3  # windows are scored on a map this many times smaller than the object image: 128 of 384 (code)
+SCORE_SHRINK = 3  # windows are scored on a map so much smaller than the object image: 128 of 384 (code)
 
 
 class MultiStageViT(nn.Module):
@@ -383,7 +387,8 @@ class MultiStageViT(nn.Module):
             small = erase(small, resize(maps, self.size), self.recipe)
         if self.recipe.attention_crop:
             coin = torch.rand(len(images), 1, 1, 1, 1, device=images.device) < self.recipe.attention_crop
-            small = torch.where(coin, self.find_object(images, maps)[2], small)
+            box = object_box(resize(maps, images.shape[2:]), self.recipe, True)[:, None]
+            small = torch.where(coin, crop(images, box, self.size), small)
         return small
 
     def see_photo(self, images, attend):
@@ -411,7 +416,7 @@ class MultiStageViT(nn.Module):
 
     def find_parts(self, images, box, view, object_map):
         """Stage c: the parts of the objects, cut out of them or of the photo -> see `stages`."""
-        inside = part_boxes(resize(object_map, self.size // SCORE_MAP), self.recipe)  # of the object image
+        inside = part_boxes(resize(object_map, self.size // SCORE_SHRINK), self.recipe)  # of the object image
         corner, far = box.split(2, 2)
         boxes = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / self.size)  # of the photo
         highres = self.recipe.part_source == "highres"
@@ -420,7 +425,7 @@ class MultiStageViT(nn.Module):
     def stages(self, images, locate=False):
         """Run the stages (Fig. 2): (B, 3, H, W) -> logits (B, P, K) by stage, and what was found.
 
-        That is nothing for stage a alone, unless with `locate`; else maps (B, H, W), the object's box in the
+        That is nothing without parts, unless with `locate`; else maps (B, H, W), the object's box in the
         photo (B, 1, 4), the object (B, 1, 3, S, S), its map (B, S, S), its parts' boxes there (B, P, 4)
         and the parts (B, P, 3, S, S).
         """
@@ -432,6 +437,8 @@ class MultiStageViT(nn.Module):
         maps, box, view, object_map = self.find_object(images, maps)
         if "b" in used:
             logits["object"], _ = self.encode(view)
+        if "c" not in used and not locate:
+            return logits, ()
         boxes, parts = self.find_parts(images, box, view, object_map)
         if "c" in used:
             logits["parts"], _ = self.encode(parts)
@@ -490,7 +497,8 @@ def page(recipe, image, attention, box, object_, object_map, boxes, parts):
         "its attention": common.heat(thing, object_map, strength=1.0),
         f"erased above {recipe.erase_threshold:g}": erased,
     }
-    return common.panels([*panels.values(), *parts], [*panels, *["part"] * len(parts)])
+    panels |= {f"part {i}": part for i, part in enumerate(parts, 1)}
+    return common.panels(panels.values(), panels)
 
 
 # -------------------------------------------------------------------------------- build

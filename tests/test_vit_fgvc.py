@@ -442,7 +442,7 @@ def test_fig4_and_fig5_show_box_maps_object_erasure_and_parts(monkeypatch):
         product = np.asarray(photo) * np.floor(attention.numpy() * 255)[..., None] / 255
         assert np.abs(array["image x attention"] - product).max() <= 1
         thing = common.to_pil(found["object"][i, 0], "imagenet")
-        assert page["object"] == thing and page["part"] == common.to_pil(found["parts"][i, 0], "imagenet")
+        assert page["object"] == thing and page["part 1"] == common.to_pil(found["parts"][i, 0], "imagenet")
         assert page["its attention"] == common.heat(thing, found["object_map"][i], strength=1.0)
         hole, erased = (attention > 0.7).numpy(), array["erased above 0.7"]
         rim = F.max_pool2d((attention > 0.7)[None].float(), 9, 1, 4)[0].bool().numpy() & ~hole
