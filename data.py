@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -381,11 +380,7 @@ def identity_batches(labels, P, K, rng):
     return batches
 
 
-
-
 # ------------------------------------------------------------------------------------------ loading a dataset
-
-AGAIN = "unpack the official archive again, or use photos in class folders with --data folder"
 
 
 def load(name, root, recipe, skip_bad=False):
@@ -444,7 +439,8 @@ def load_official(name, root, recipe):
         found = len(splits.classes), len(splits.train), len(splits.test)
     except Exception as error:  # of text, numbers, JSON, XML, MATLAB files
         wrong = f"{base} is damaged or not the official release: {error or type(error).__name__}"
-        raise ValueError(f"--data {name}: {wrong}; {AGAIN}") from None
+        advice = "unpack the official archive again, or use photos in class folders with --data folder"
+        raise ValueError(f"--data {name}: {wrong}; {advice}") from None
     if found != SETS[name][3:6] and recipe.train_split == "trainval":
         splits.note += f"; classes, training and test images: {found}, published: {SETS[name][3:6]}"
     return splits
@@ -564,17 +560,12 @@ class Lines(dict):
         raise ValueError(f"{self.path} has no line for {key}")
 
 
-def four(values):
-    """Four texts or numbers -> floats; what no photo can have is refused."""
-    numbers = tuple(map(float, values))
+def four(text):
+    """Text of four numbers -> floats; what no photo can have is refused."""
+    numbers = tuple(map(float, text.split()))
     if len(numbers) != 4 or not all(abs(number) < 1e6 for number in numbers):
-        raise ValueError(f"not the four numbers of a box: {values}")
+        raise ValueError(f"not the four numbers of a box: {text}")
     return numbers
-
-
-def four_of_text(text):
-    """Text of four numbers -> floats."""
-    return four(text.split())
 
 
 def read_mat(data):
@@ -670,7 +661,7 @@ def load_birds(base, recipe):
     """CUB-200-2011 and NABirds: files joined by image id; the classes are the ids in use; boxes x y w h."""
     paths, names = Lines(base / "images.txt"), Lines(base / "classes.txt")
     class_of = Lines(base / "image_class_labels.txt", int)
-    box = Lines(base / "bounding_boxes.txt", four_of_text)
+    box = Lines(base / "bounding_boxes.txt", four)
     side = Lines(base / "train_test_split.txt", {"0": "test", "1": "train"}.__getitem__)
     ids, used = sorted(paths, key=lambda i: (len(i), i)), sorted(set(class_of.values()))
     boxes = np.array([box[i] for i in ids], np.float32)
@@ -698,7 +689,7 @@ def bird_parts(base, ids, boxes):
         for line in content.decode().splitlines():
             image, part, x, y, visible = line.split()
             if visible == "1" and image in row:
-                centre[row[image], order.index(part)] = four((x, y, x, y))
+                centre[row[image], order.index(part)] = four(f"{x} {y} {x} {y}")
     reach = np.maximum(1, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1))
     about = {"part_names": tuple(names[part] for part in order), "signature": (True,) * len(order)}
     return [centre + reach[:, None, None] * np.float32([-1, -1, 1, 1])], about
@@ -723,7 +714,7 @@ def load_cars(base, recipe):
 def load_aircraft(base, recipe):
     """FGVC-Aircraft 2013b, 100 variants in the order of variants.txt."""
     classes = list(Lines(base / "variants.txt", separator="\n"))
-    boxes, rows = Lines(base / "images_box.txt", four_of_text), []
+    boxes, rows = Lines(base / "images_box.txt", four), []
     for side, name in (("train", "train"), (val_side(recipe), "val"), ("test", "test")):
         for image, variant in Lines(base / f"images_variant_{name}.txt", classes.index).items():
             rows.append((side, f"{base}/images/{image}.jpg", variant, boxes[image]))
@@ -756,7 +747,8 @@ def load_dogs(base, recipe):
             if annotations.exists():
                 with reading(annotations / file.rsplit(".", 1)[0]) as content:
                     dogs, keys = ElementTree.fromstring(content), ("xmin", "ymin", "xmax", "ymax")
-                    boxes = [four(dog.find(key).text for key in keys) for dog in dogs.iter("bndbox")]
+                    texts = (" ".join(dog.find(key).text for key in keys) for dog in dogs.iter("bndbox"))
+                    boxes = map(four, texts)
                     rows[-1].append(max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])))
     breeds = sorted({row[2] for row in rows})
     classes = [breed.partition("-")[2].replace("_", " ") for breed in breeds]
@@ -818,7 +810,7 @@ def fmow_box(path, category):
     with reading(path) as content:
         held = json.loads(content)["bounding_boxes"]
         for entry in [held] if isinstance(held, dict) else held:
-            x, y, w, h = four(entry["box"])
+            x, y, w, h = four(" ".join(map(str, entry["box"])))
             if entry["ID"] != -1 and entry["category"] == category and min(w, h) > 2:
                 return x, y, x + w, y + h
     return 0, 0, 1e6, 1e6
@@ -1305,9 +1297,9 @@ def look(split, answers, size, right):
     kinds = np.unique(sides.reshape(-1, 2), axis=0)
     result = {"coverage": covered(boxes, size).mean()}
     if 1 < len(kinds) < 5:  # levels, stages
-        own = {f"{w:.0f} x {h:.0f}": (sides == (w, h)).all(2, keepdims=True) for w, h in kinds}
-        own = {name: covered(np.where(mask, boxes, np.nan), size).mean() for name, mask in own.items()}
-        result["coverage_by_size"] = own
+        own = lambda kind: np.where((sides == kind).all(2, keepdims=True), boxes, np.nan)
+        shares = {f"{kind[0]:.0f} x {kind[1]:.0f}": covered(own(kind), size).mean() for kind in kinds}
+        result["coverage_by_size"] = shares
 
     def both(measure, truth):
         found = measure(boxes, truth)
