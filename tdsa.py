@@ -21,7 +21,8 @@ Where to find it:
 
 The symbols are the paper's: F^l is `mid`, F^h is `high`, and S, the number of classes, is K. It writes xi
 for two things. Here `xi` is that of Sec. IV-D, middle channels per high-level channel; the channels of one
-class in the map at hand, the xi of Eqs. 3 and 5, are c: 3 at the high level, 3 xi at the middle one.
+class in the map at hand, theta in Sec. III-A and xi in Eqs. 3 and 5, are c: 3 at the high level, 3 xi at the
+middle one.
 
 Where the paper and the authors' code differ (the default is the code):
   - L_div. Paper: mean h, in Eqs. 1 and 6. Code: mean h / c, which weakens it 3 times at the high level and
@@ -30,7 +31,8 @@ Where the paper and the authors' code differ (the default is the code):
   - Eq. 6 sums to N, the number of images, and divides by S: the mean over classes and images is meant.
   - The mask of Eq. 3. Code: one for all images of a batch, another for each map. We: mask="batch"; "sample"
     draws one for each image.
-  - Eq. 7 for C^h "higher than" C^l: it is lower by xi, and each high-level channel is repeated xi times.
+  - Eq. 7 for C^h "higher than" C^l: C^l is xi times C^h, and each high-level channel is repeated xi times.
+  - The classifier of F^h is the code's (BatchNorm, 512 units, BatchNorm, ELU, linear); the paper has none.
   - The code knows 3, 6 and 9 channels a class, one size and CUB; the paper xi up to 5 and four datasets.
   - lambda = 10 and mu = 1.5 are the paper's, the code's 15 is their product; its tuner could overwrite
     both. The released MC-Loss has 20 for 15.
@@ -61,7 +63,8 @@ How to run it:
     python train.py --method tdsa --loss mc                       MC-Loss; --loss ce is cross-entropy alone
     python train.py --method tdsa --data cub --root DIR           Table II; --backbone resnet18: Table III
     python train.py --method tdsa --data folder --root DIR --loss mc --aligned none --weights default \
-        --normalize imagenet --lr 0.01                            own photos, from ImageNet's weights
+        --normalize imagenet --lr 0.01 --mu 5e-4                  own photos, from ImageNet's weights, which
+                                                                  a large mu would destroy (MC-Loss's author)
     python train.py table --method tdsa --table 4 --data toy --seeds 0,1,2
 """
 from dataclasses import dataclass, replace
@@ -448,12 +451,15 @@ def classifier(recipe, high, num_classes):
 
 # -------------------------------------------------------------------------------------- building
 
-PUBLISHED = {  # of torchvision
-    "vgg16": "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth",
-    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+PUBLISHED = {  # of torchvision, and how their sha256 begins
+    "vgg16": ("https://download.pytorch.org/models/vgg16_bn-6c64b313.pth", "6c64b313"),
+    "resnet18": ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd"),
 }
-HEADS = ("head.", "trunk.classifier.", "trunk.fc.")  # ours, torchvision's
-# layers whose width follows the classes, and those that read them: they begin anew when they do not fit
+# may be missing: classifiers, ours and torchvision's, and shortcuts, which are where widths or strides differ
+HEADS = (
+    "head.", "trunk.classifier.", "trunk.fc.", "trunk.layer3.0.downsample.", "trunk.layer4.0.downsample.",
+)
+# layers whose width follows the classes, and those that read them: they begin anew where they do not fit
 BY_CLASSES = ("trunk.features.3", "trunk.features.4", "trunk.layer3.", "trunk.layer4.")
 
 
@@ -470,13 +476,14 @@ def load(model, recipe):
     """Load torchvision's weights, fetched or in a file, or a run of ours; the classifier may not fit."""
     source = recipe.weights
     if source == "default":
-        url = PUBLISHED[recipe.backbone]
-        source = common.fetch(url, url[-12:-4])  # its name ends in its sha256
-    state = {k: v for k, v in model.named_buffers() if v.ndim == 0}  # counters, which older files lack
+        source = common.fetch(*PUBLISHED[recipe.backbone])
+    own = model.state_dict()
+    state = {k: v for k, v in own.items() if v.ndim == 0}  # counters, which older files lack
     for key, value in common.read_state(source).items():
-        state[key if key.startswith(("trunk.", "head.")) else f"trunk.{key}"] = value  # torchvision's names
-    heads = HEADS if recipe.aligned == "none" else HEADS + BY_CLASSES
-    common.load_state(model, state, heads, f"--weights {recipe.weights}")
+        key = key if key.startswith(("trunk.", "head.")) else f"trunk.{key}"  # torchvision's names
+        anew = key.startswith(BY_CLASSES) and own.get(key, value).shape != value.shape
+        state[key] = own[key] if anew else value
+    common.load_state(model, state, HEADS, f"--weights {recipe.weights}")
 
 
 def param_groups(model, recipe):
