@@ -175,6 +175,7 @@ def parse(argv):
         raise ValueError(f"unknown action {action!r}; {near(action, ACTIONS)}")
     helps, against = {"-h", "--help", "--help-all"} & {*argv}, []
     argv = [word for word in argv if word not in helps]
+    argv = [part for word in argv for part in word.split("=", 1 if word.startswith("--against=") else 0)]
     while "--against" in argv[:-1]:  # its value looks like a flag
         at = argv.index("--against")
         against.append(argv.pop(at + 1))
@@ -1378,7 +1379,9 @@ def table(flags, recipes, world):
             one = {**dataclasses.asdict(row), "problem": problem, "results": results}
             write_json(make_folder(folder) / f"{row.method}-{row.key}.json", about | one)
     if world.rank == 0:
-        text = "\n".join([*(f"{name}: {value}" for name, value in about.items()), "", text_table(lines), ""])
+        shown = [name for name in lines[0] if any(line[name] not in ("-", "nan") for line in lines)]
+        cells = text_table([{name: line[name] for name in shown} for line in lines])
+        text = "\n".join([*(f"{name}: {value}" for name, value in about.items()), "", cells, ""])
         write_text(folder / "results.md", text)
         write_json(folder / "results.json", about | {"rows": lines})
         print(text + f"written: {folder}/results.md, results.json")
