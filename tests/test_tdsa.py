@@ -322,8 +322,9 @@ def test_figure_6_shows_the_peak_the_map_and_the_middle_maps_of_the_class_and_ro
     assert drawn == [[pytest.approx(cell, abs=1e-3)] for cell in cells]
     assert captions[1][:2] == ["predicted: class 2", "high 2, peak 5.0"]
     assert captions[1][3] == f"middle 2.2, peak {mid[0, 15].max():.1f}"
-    colours = {page.getpixel((x, y)) for x in range(page.width) for y in (100, 350, 600)}
-    assert {(255, 0, 0), (0, 255, 0)} <= colours
+    for y in (100, 350, 600):  # frames of 4 pixels, somewhat less after resizing
+        row = [page.getpixel((x, y)) for x in range(page.width)]
+        assert (row.count((255, 0, 0)), row.count((0, 255, 0))) == (6, 12)
 
 
 @pytest.mark.parametrize("loss, rows", [("mc", 10), ("ce", 1)])
@@ -355,7 +356,8 @@ def test_parameters_for_every_xi_and_dataset_and_of_the_baselines_equal_the_rele
     for (backbone, classes), counts in COUNTS.items():
         models = (on_meta(classes, backbone=backbone, xi=xi) for xi in range(1, 6))
         assert tuple(map(parameters, models)) == counts
-    assert parameters(model_of(16)) == 201792
+    for toy in (model_of(16), model_of(16, loss="ce", aligned="none")):  # own widths are those of 16 classes
+        assert parameters(toy) == 201792
     R18 = {"backbone": "resnet18"}
     released = {27722504: CE, 11543816: R18 | CE, 30344640: MC, 14457320: R18 | MC}
     for count, changes in (released | {31155912: {"loss": "mc", "xi": 1}}).items():
@@ -540,3 +542,7 @@ def test_settings_that_do_not_go_together_are_refused_with_what_to_do():
         model_of(weights="default")
     with pytest.raises(ValueError, match="48 channels do not fit 60 classes.*--aligned both"):
         model_of(60, loss="mc", aligned="none")
+    for name, wrong in {"channels": 0, "xi": 0, "drop_path": 0.1, "upsample": "random"}.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {wrong}"):
+            model_of(**{name: wrong})
+    assert model_of(channels=1, xi=1).trunk.layer4[0].conv2.out_channels == 4  # the least
