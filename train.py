@@ -1104,16 +1104,16 @@ def picture_of(path, top, boxes, out):
 def figures(flags, recipes, world):
     """The figures action: the paper's figure of test images, of several runs side by side; curves."""
     runs = [flags.run, *flags.words]
-    out = make_folder(flags.out or (f"{flags.run}/figures" if len(runs) == 1 else "runs/figures"))
+    beside = Path(flags.run) if len(runs) == 1 else Path(flags.run).parent
+    out = make_folder(flags.out or beside / "figures")
     if {read_run(run)["data"] for run in runs} == {flags.data}:
         models = [load(run, world.device, None if i else recipes[0][1]) for i, run in enumerate(runs)]
         splits = [load_data(flags, recipe).test for _, _, recipe in models]
         n = min(map(len, splits))
         count = min(flags.images, n)
-        for i in [
-            j * n // count + j % (n // count) for j in range(count)
-        ]:  # spread over the split and its classes
-            pages = [figure_of(*model, split, i, world) for model, split in zip(models, splits)]
+        chosen = [j * n // count + j % (n // count) for j in range(count)]  # spread over split and classes
+        columns = [pages_of(*model, split, chosen, world) for model, split in zip(models, splits)]
+        for i, *pages in zip(chosen, *columns):
             if len(runs) > 1:
                 pages = [common.headed(page, str(run)) for page, run in zip(pages, runs)]
             path = out / f"test{i:05d}.png"
@@ -1124,20 +1124,22 @@ def figures(flags, recipes, world):
 
 
 @torch.no_grad()
-def figure_of(model, classes, recipe, split, i, world):
-    """A method's figure of a test image under its name, its class and, in green or red, the predicted one."""
-    image, label, *_ = data.Photos(split, recipe)[i]
-    images = to_model(image[None], recipe, world.device)
+def pages_of(model, classes, recipe, split, chosen, world):
+    """A method's figures of test images, under name, true class and, in green or red, the predicted one."""
+    photos = data.Photos(split, recipe)
+    images = to_model(torch.stack([photos[i][0] for i in chosen]), recipe, world.device)
     with autocast(recipe, world.device):
-        (picture,), answer = model.figure(images), model(images)
-    name = Path(split.paths[i]).name
-    if recipe.task != "classify":
-        return common.headed(picture, f"{name}   identity {label}")
-    share, best = answer.float().softmax(1)[0].max(0)
-    picture = common.headed(
-        picture, f"{classes[best]} {share:.1%}", "#1a7f37" if best == label else "#c62828"
-    )
-    return common.headed(picture, f"{name}   {classes[label]}")
+        pictures, answers = model.figure(images), model(images).float()
+    pages = []
+    for i, picture, answer in zip(chosen, pictures, answers):
+        name, label = Path(split.paths[i]).name, split.labels[i]
+        if recipe.task == "classify":
+            share, best = answer.softmax(0).max(0)
+            colour = "#1a7f37" if best == label else "#c62828"
+            picture = common.headed(picture, f"{classes[best]} {share:.1%}", colour)
+        named = classes[label] if recipe.task == "classify" else f"identity {label}"
+        pages.append(common.headed(picture, f"{name}   {named}"))
+    return pages
 
 
 def curves(runs):

@@ -691,7 +691,7 @@ def test_figures_of_two_runs_stand_side_by_side_and_their_curves_in_one_chart(tr
     monkeypatch.setattr(common, "headed", headed)
     monkeypatch.setattr(common, "plot", plot)
     assert run("figures", trained, "--images 1") == 0 and run("figures", trained, trained, "--images 1") == 0
-    folders = trained / "figures", Path("runs/figures")
+    folders = trained / "figures", trained.parent / "figures"
     one, two = (Image.open(folder / "test00000.png") for folder in folders)
     assert two.width > 1.9 * one.width
     answers = [(text, colour) for text, colour in heads if colour != "black"]
