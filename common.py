@@ -3,14 +3,13 @@
 Nothing of ours is imported here; no dataset, and no files but weights.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import re
-import sys
 import typing
-import unicodedata
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from torchvision.transforms.v2 import functional as TF
 
 def opt(default, help, choices=(), least=0, most=1e6, group="method"):
     """A field that is a flag too: default, meaning (unit and source), what is allowed, group in --help."""
-    rule = {"help": help, "choices": choices, "least": least, "most": most, "group": group}
+    rule = dict(help=help, choices=choices, least=least, most=most, group=group)
     return field(default=default, metadata=rule)
 
 
@@ -55,21 +54,19 @@ class Options:
 
 def add_options(parser, options, shown=lambda f: True):
     """One typed flag for each field, its value as the default; fields not `shown` are not in the help."""
-    groups, hints = {}, typing.get_type_hints(type(options))
+    groups = {}
     for f in dataclasses.fields(options):
-        kind, value, group = hints[f.name], getattr(options, f.name), f.metadata["group"]
+        value, (help, choices, _, _, group) = getattr(options, f.name), f.metadata.values()
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        default = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        how = {"default": argparse.SUPPRESS, "help": text if shown(f) else argparse.SUPPRESS}
-        if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
+        how = {"type": f.type, "metavar": "|".join(choices) or f.type.__name__.upper()}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, tuple):
-            how |= {"type": tuple_of(*typing.get_args(kind)), "metavar": "A,B"}
-        else:
-            how |= {"type": kind, "metavar": "|".join(f.metadata["choices"]) or kind.__name__.upper()}
-        groups[group].add_argument(flag(f), **how)
+            how = {"type": tuple_of(*typing.get_args(f.type)), "metavar": "A,B"}
+            value = ",".join(map(str, value))
+        text = f"{help} [{value}]".replace("%", "%%") if shown(f) else argparse.SUPPRESS
+        groups[group].add_argument(flag(f), default=argparse.SUPPRESS, help=text, **how)
 
 
 def tuple_of(kind, *rest):
@@ -77,10 +74,10 @@ def tuple_of(kind, *rest):
 
     def numbers(text):
         values = tuple(kind(v) for v in text.split(",") if v)
-        if ... in rest or len(values) == 1 + len(rest):
+        if ... in rest:
             return values
-        (value,) = values
-        return (value,) * (1 + len(rest))
+        first, second = values if values[1:] else 2 * values
+        return first, second
 
     return numbers
 
@@ -90,7 +87,6 @@ def tuple_of(kind, *rest):
 on_input, on_training = functools.partial(opt, group="input"), functools.partial(opt, group="training")
 chance, share = functools.partial(on_input, most=1), functools.partial(on_training, most=1)
 FILTERS = ("nearest", "bilinear", "bicubic", "random")
-SCHEDULES = ("cosine", "steps", "onecycle", "constant")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class Recipe(Options):
 
     # ---- input: photo -> (3, H, W)
     task: str = on_input("classify", "classify: logits and accuracy", ("classify",))
-    image_size: tuple[int, int] = on_input((224, 224), "height,width of the input in pixels", (), 1)
+    image_size: tuple[int, int] = on_input((224, 224), "height,width of the input in pixels", least=1)
     resize: tuple[int, int] = on_input((0, 0), "height,width before the crop; 0,0: image_size")
     crop: str = on_input("random", "of training photos", ("random", "resized", "none"))
     crop_area: tuple[float, float] = chance((0.08, 1.0), "crop=resized: share of the area")
@@ -115,7 +111,7 @@ class Recipe(Options):
     brightness: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
     contrast: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
     saturation: float = on_input(0.0, "colour jitter: factor in 1 -+ this")
-    hue: float = on_input(0.0, "colour jitter: shift in -+ this, in turns", (), 0, 0.5)
+    hue: float = on_input(0.0, "colour jitter: shift in -+ this, in turns", most=0.5)
     jitter_prob: float = chance(1.0, "probability of the colour jitter")
     erasing: float = chance(0.0, "probability of random erasing with noise")
     boxes: bool = on_input(False, "train and test on the object boxes instead of the whole photos")
@@ -127,9 +123,9 @@ class Recipe(Options):
     toy_test: int = on_input(0, "toy: test images a class; 0: the preset's")
 
     # ---- training
-    batch_size: int = on_training(32, "images a step, over all processes", (), 1)
+    batch_size: int = on_training(32, "images a step, over all processes", least=1)
     instances: int = on_training(0, "images of each identity in a batch (K of P x K); 0: plain shuffling")
-    epochs: int = on_training(100, "passes over the training set", (), 1)
+    epochs: int = on_training(100, "passes over the training set", least=1)
     iterations: int = on_training(0, "length of the run in steps; 0: given by epochs")
     optimizer: str = on_training("sgd", "optimizer", ("sgd", "adam", "adamw", "radam"))
     lr: float = on_training(0.1, "peak learning rate")
@@ -138,7 +134,7 @@ class Recipe(Options):
     beta2: float = share(0.999, "Adam's second beta")
     eps: float = on_training(1e-8, "Adam's epsilon")
     weight_decay: float = on_training(0.0, "weight decay (decoupled in adamw and radam)")
-    schedule: str = on_training("cosine", "of the learning rate", SCHEDULES)
+    schedule: str = on_training("cosine", "of the learning rate", ("cosine", "steps", "onecycle", "constant"))
     milestones: tuple[float, ...] = share((), "schedule=steps: shares of the run, lr x 0.1 at each")
     warmup: float = on_training(0.0, "linear warm-up, epochs (steps where iterations gives the length)")
     warmup_lr: float = on_training(0.0, "learning rate at the start of the warm-up")
@@ -146,7 +142,7 @@ class Recipe(Options):
     label_smoothing: float = share(0.0, "share of the target spread evenly over the classes")
     drop_path: float = share(0.0, "stochastic depth: drop probability of the last block")
     grad_clip: float = on_training(0.0, "largest global norm of the gradient; 0: no clipping")
-    accumulate: int = on_training(1, "a batch is computed in this many parts, to save memory", (), 1)
+    accumulate: int = on_training(1, "a batch is computed in this many parts, to save memory", least=1)
     amp: str = on_training("auto", "bf16 on CUDA that has it", ("auto", "bf16", "fp16", "off"))
     weights: str = on_training("none", "first weights: none, default (official), a FILE or a run folder")
 
@@ -155,9 +151,8 @@ class Recipe(Options):
         for least, most in (self.crop_area, self.crop_ratio, self.zoom):
             if not 0 < least <= most:
                 raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range")
-        if self.batch_size % max(1, self.instances) or self.batch_size < self.accumulate:
-            size = f"--batch-size {self.batch_size}"
-            raise ValueError(f"{size}: use a multiple of --instances, of at least --accumulate")
+        if self.batch_size % (self.instances or 1) or self.batch_size < self.accumulate:
+            raise ValueError("--batch-size: use a multiple of --instances, of at least --accumulate")
 
 
 @dataclass(frozen=True)
@@ -184,9 +179,9 @@ def split_row(overrides):
 def by_dataset(number, title, metrics, rows):
     """Rows of (name, overrides, a value a dataset) -> {"3": Table on the first one, "3-msmt17": ..., ...}."""
     tables = {}
-    for i, (data, metric) in enumerate(metrics.items(), 2):
+    for i, data in enumerate(metrics, 2):
         own = tuple((*row[:2], row[i]) for row in rows)
-        tables[number if i == 2 else f"{number}-{data}"] = Table(title, data, metric, own)
+        tables[f"{number}-{data}" if i > 2 else number] = Table(title, data, metrics[data], own)
     return tables
 
 
@@ -208,7 +203,7 @@ def check_images(images, size=None):
 # ------------------------------------------------------------------------------------------ learning rate
 
 
-def schedule(recipe, step, steps, warmup=0, peak=1.0):
+def schedule(recipe, step, steps, warmup, peak):
     """Learning rate of update `step` (0-based) of `steps`; min_lr, warmup_lr absolute, warmup in steps."""
     if step < warmup:
         return recipe.warmup_lr + (peak - recipe.warmup_lr) * step / warmup
@@ -216,7 +211,7 @@ def schedule(recipe, step, steps, warmup=0, peak=1.0):
     def cosine(start, end, t):
         return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
 
-    t = min(1.0, (step - warmup) / max(1, steps - warmup))  # 0 .. 1 over the rest of the run
+    t = (step - warmup) / (steps - warmup)  # 0 .. 1 over the rest of the run
     if recipe.schedule == "cosine":
         return cosine(peak, recipe.min_lr, t)
     if recipe.schedule == "steps":
@@ -226,16 +221,16 @@ def schedule(recipe, step, steps, warmup=0, peak=1.0):
     return peak
 
 
-def lr_at(recipe, step, steps, steps_per_epoch=1, group=None):
+def lr_at(recipe, step, steps, steps_per_epoch=1, group={}):
     """Learning rate of update `step` (0-based) of `steps`, of a parameter group or of the recipe.
 
     The recipe's lr is scaled by batch_size / lr_batch when that is set. A group may have "lr_scale", a factor
     of it, or "phases" of (length in any unit, peak): the schedule runs once in each; peak 0 keeps it frozen.
     """
-    if not group or "phases" not in group:
+    if "phases" not in group:
         base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1)
         warmup = round(recipe.warmup * (1 if recipe.iterations else steps_per_epoch))
-        return schedule(recipe, step, steps, warmup, base) * (group or {}).get("lr_scale", 1)
+        return schedule(recipe, step, steps, warmup, base) * group.get("lr_scale", 1)
     done, total, end = 0, sum(length for length, _ in group["phases"]), 0
     for length, peak in group["phases"]:
         done, begin, end = done + length, end, round((done + length) / total * steps)
@@ -302,10 +297,10 @@ def load_checkpoint(path):
 
 def fetch(url, sha256=""):
     """Download `url` once into torch's hub folder -> the path; `sha256` (a prefix is enough) is checked."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.exists() or torch.hub.download_url_to_file(url, str(path), sha256 or None, sys.stderr.isatty())
+        path.exists() or torch.hub.download_url_to_file(url, path, sha256 or None)
     except (OSError, RuntimeError) as error:  # no network, or a wrong hash: no file is kept
         raise ValueError(f"no download of {url} ({error}); fetch it to {path}, or --weights none") from None
     return path
@@ -314,7 +309,7 @@ def fetch(url, sha256=""):
 def state_in(held, source):
     """The state_dict in what a file held: a checkpoint of ours, or what DeiT, SlowFast, timm ... wrapped."""
     for key in ("model", "model_state", "state_dict"):
-        held = held[key] if key in held and isinstance(held[key], dict) else held
+        held = held[key] if isinstance(held.get(key), dict) else held
     if not all(isinstance(name, str) and torch.is_tensor(held[name]) for name in held):
         raise ValueError(f"--weights {source}: holds no state_dict of names and tensors")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
@@ -328,16 +323,12 @@ def read_state(source):
 def load_state(model, state, heads=(), source="the file"):
     """Load `state` into `model`. Keys that start with one of `heads` may be missing, surplus, or not fit."""
     own, heads = model.state_dict(), tuple(heads)
-    fits = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
-    kept = {k: v for k, v in state.items() if k in fits or not k.startswith(heads)}
-    try:
-        missing, surplus = model.load_state_dict(kept, strict=False)
-    except RuntimeError as error:  # torch lists the shapes that differ
-        raise ValueError(f"{source} does not fit: {error!s:.300}") from None
-    missing = [k for k in missing if not k.startswith(heads)]
-    if missing or surplus:
-        words = f"{len(missing)} tensors are missing {missing[:5]}, {len(surplus)} unexpected {surplus[:5]}"
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {words}")
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    wrong = [k for k in {**own, **state} if k not in fits and not k.startswith(heads)]
+    if wrong:
+        problem = f"{len(wrong)} tensors are missing, unexpected or of another shape, {wrong[:9]}"
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {problem}")
+    model.load_state_dict(fits, strict=False)
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -347,7 +338,7 @@ MEAN_STD = {  # of pixel values 0 to 255
     "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 }
 COLOURS = ("#ffd400", "#00c2ff", "#ff4fa3", "#7cff4f", "#ff8a1f", "#b48cff")  # of boxes, in their order
-LINES = ("#0057b8", "#d1495b", "#2a9134", "#8f3fae", "#e08a00", "#00868b", "#6b4f3a", "#555555")  # on white
+GAP = 4  # pixels between pictures
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc")
 
 
@@ -372,22 +363,23 @@ def cells_to_boxes(cells, grid, size):
 
 
 @functools.cache
-def font(name, size):
-    """A system font, or None where there is none of this name; name "": Pillow's own."""
-    try:
-        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-    except OSError:
-        return None
+def fonts(size):
+    """The system fonts that are there, and Pillow's own."""
+    found = []
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            found.append(ImageFont.truetype(name, size))
+    return [*found, ImageFont.load_default(size)]
 
 
 def write(draw, at, text, size=14, width=9999, **how):
-    """Draw a text in the first font that has its letters, else what ASCII can say of it, cut to `width`."""
-    for face in filter(None, (font(name, size) for name in (*FONTS, ""))):
+    """Draw a text in the first font that has its letters, else its ASCII letters, cut to `width` pixels."""
+    for face in fonts(size):
         lacking = bytes(face.getmask("\uffff"))  # the box that stands for a letter the font lacks
-        if text.isascii() or all(bytes(face.getmask(c)) != lacking for c in text):
+        if all(bytes(face.getmask(letter)) != lacking for letter in text):
             break
     else:
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        text = text.encode("ascii", "replace").decode()
     while len(text) > 3 and draw.textlength(text, font=face) > width:
         text = text[:-4] + "..."
     draw.text(at, text, font=face, **how)
@@ -397,67 +389,69 @@ def heat(image, values, strength=0.55, span=None):
     """Lay a map (h, w) over a PIL image, dark blue (least) to yellow (most); `span`: of several maps."""
     values = values.detach().float().cpu()
     least, most = span or (values.min(), values.max())
-    gray = TF.to_pil_image(((values - least) / (most - least + 1e-12)).clamp(0, 1)[None])
-    gray = gray.resize(image.size, Image.Resampling.BILINEAR)
-    colour = ImageOps.colorize(gray, "#0c0a3c", "#fff578", "#c8325a")
-    return Image.blend(image.convert("RGB"), colour, strength)
+    gray = TF.to_pil_image(((values - least) / (most - least + 1e-12)).clamp(0, 1))
+    gray = gray.resize(image.size, Image.BILINEAR)
+    return Image.blend(image, ImageOps.colorize(gray, "#0c0a3c", "#fff578", "#c8325a"), strength)
 
 
 def draw_boxes(image, boxes, labels=(), colours=COLOURS, width=2):
     """A PIL image with boxes (n, 4) xyxy in its pixels, each in its colour; no label covers another."""
-    image, boxes, y = image.convert("RGB"), torch.as_tensor(boxes).tolist(), 0
-    draw, size = ImageDraw.Draw(image), max(10, image.height // 18)
-    for i, (x1, y1, x2, y2) in enumerate(boxes):
-        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
-        draw.rectangle(corners, None, colours[i % len(colours)], width)
-    order = sorted(range(len(labels)), key=lambda i: boxes[i][1])
-    for below, i in zip(range(len(labels), 0, -1), order):  # from the top down, each on a line of its own
-        y = max(y, min(boxes[i][1] + width, image.height - size * below))
-        how = {"fill": colours[i % len(colours)], "stroke_width": 2, "stroke_fill": "black"}
-        write(draw, (boxes[i][0] + width + 1, y), labels[i], size, **how)
+    image, boxes = image.copy(), torch.as_tensor(boxes).tolist()
+    colours = [colours[i % len(colours)] for i in range(len(boxes))]
+    draw, size, y = ImageDraw.Draw(image), max(10, image.height // 18), 0
+    for (x1, y1, x2, y2), colour in zip(boxes, colours):
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), None, colour, width)
+    marks = sorted((y1, x1, label, colour) for (x1, y1, _, _), label, colour in zip(boxes, labels, colours))
+    for i, (y1, x1, label, colour) in enumerate(marks):  # from the top down, each on a line of its own
+        y = max(y, min(y1 + width, image.height - size * (len(marks) - i)))
+        write(draw, (x1 + width + 1, y), label, size, fill=colour, stroke_width=2, stroke_fill="black")
         y += size
     return image
 
 
-def stack(pages, gap=4, across=False):
+def stack(pages, across=False):
     """PIL images one under the other, or side by side, on white -> PIL image."""
-    widths, heights = ([p.size[i] + gap for p in pages] for i in (0, 1))
-    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
-    page, at = Image.new("RGB", (size[0] - gap, size[1] - gap), "white"), 0
-    for p in pages:
-        page.paste(p, (at, 0) if across else (0, at))
-        at += p.size[not across] + gap
-    return page
+    x = y = 0
+    corners = []
+    for page in pages:
+        corners.append((x, y))
+        x, y = (x + page.width + GAP, 0) if across else (0, y + page.height + GAP)
+    size = [max(at[i] + page.size[i] for at, page in zip(corners, pages)) for i in (0, 1)]
+    whole = Image.new("RGB", size, "white")
+    for at, page in zip(corners, pages):
+        whole.paste(page, at)
+    return whole
 
 
 def headed(image, text, colour="black"):
     """A picture under a strip with a text."""
-    strip = Image.new("RGB", (image.width, 22), "white")
-    write(ImageDraw.Draw(strip), (2, 3), text, 14, image.width - 4, fill=colour)
-    return stack([strip, image], 0)
+    image = ImageOps.expand(image, (0, 22, 0, 0), "white")
+    write(ImageDraw.Draw(image), (2, 3), text, 14, image.width - 4, fill=colour)
+    return image
 
 
-def panels(images, captions, height=224, gap=6):
+def panels(images, captions, height=224):
     """PIL images side by side at one height, a caption over each -> PIL image."""
-    pages = []
-    for image, caption in zip(images, captions):
-        image = image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height))
-        pages.append(headed(image, caption))
-    return stack(pages, gap, across=True)
+    sized = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
+    return stack([*map(headed, sized, captions)], across=True)
 
 
-def plot(title, x_name, y_name, series, size=(460, 320)):
-    """A line chart: series is {label: [(x, y), ...]} -> PIL image; the range of both axes is in its head."""
-    page, foot = Image.new("RGB", size, "white"), size[1] - 8 - 16 * len(series)
-    draw, points = ImageDraw.Draw(page), [point for own in series.values() for point in own]
-    (x1, x2), (y1, y2) = ((min(values), max(values)) for values in zip(*points or [(0, 0)]))
-    head = f"{title}: {y_name} {y1:.4g} to {y2:.4g} over {x_name} {x1:g} to {x2:g}"
-    write(draw, (6, 4), head, 13, size[0], fill="black")
+def plot(title, x_name, y_name, series, size):
+    """A line chart of {label: [(x, y), ...]} -> PIL image; least and largest value stand at the y axis."""
+    page, foot = Image.new("RGB", size, "white"), size[1] - 24 - 16 * len(series)
+    draw, points = ImageDraw.Draw(page), np.array(sum(series.values(), []) or [(0, 0)])
+    (x1, y1), (x2, y2) = np.nanmin(points, 0), np.nanmax(points, 0)
+    write(draw, (6, 4), f"{title}: {y_name} over {x_name} {x1:g} to {x2:g}", 13, size[0], fill="black")
+    for y, value in (24, y2), (foot - 8, y1):
+        write(draw, (6, y), f"{value:.4g}", 12, fill="black")
     for i, (label, own) in enumerate(series.items()):
         x, y = np.array(own).reshape(-1, 2).T
-        across, up = np.interp(x, (x1, x2), (10, size[0] - 10)), np.interp(y, (y1, y2), (foot - 4, 28))
-        draw.line(list(zip(across, up)), LINES[i % 8], 2)
-        write(draw, (14, foot + 16 * i), label, 12, fill=LINES[i % 8])
+        line = list(zip(np.interp(x, (x1, x2), (60, size[0] - 10)), np.interp(y, (y1, y2), (foot, 32))))
+        colour = f"hsl({137 * i % 360}, 90%, 35%)"
+        draw.line(line, colour, 2)
+        for end in line[-1:]:
+            draw.circle(end, 3, colour)
+        write(draw, (14, foot + 16 * (i + 1)), label, 12, fill=colour)
     return page
 
 
@@ -466,8 +460,9 @@ def plot(title, x_name, y_name, series, size=(460, 320)):
 
 def count_macs(model, images):
     """Multiply-accumulates of a forward pass: convolutions, linear layers, attention, squeeze-excitation."""
-    scaled, squeezers = [], [m for m in model.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
-    hooks = [m.register_forward_hook(lambda m, i, out: scaled.append(out.numel())) for m in squeezers]
+    scaled = []
+    hooks = [m.register_forward_hook(lambda m, i, out: scaled.append(out.numel()))
+             for m in model.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
     # the fused attention kernel is counted as 0 on torch 2.11
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
@@ -517,8 +512,7 @@ class Attention(nn.Module):
 
     def split(self, x):
         """Normalised tokens (B, N, C) -> queries, keys, values (B, h, N, d) each."""
-        B, N, C = x.shape
-        return self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d)
 
     def merge(self, x):
         """Outputs of the heads (B, h, N, d) -> (B, N, C)."""
@@ -542,8 +536,8 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, mlp_ratio=4, drop_path=0.0):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(mlp_ratio * dim))
+        self.norm1, self.attn = nn.LayerNorm(dim, 1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, 1e-6), Mlp(dim, mlp_ratio * dim)
         self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def finish(self, tokens, attended):
@@ -554,7 +548,7 @@ class Block(nn.Module):
     def forward(self, tokens, visit=None):
         """(B, N, C) -> (B, N, C). `visit(q, k)` gets queries and keys (B, h, N, d), cut from the graph."""
         q, k, v = self.attn.split(self.norm1(tokens))
-        if visit is not None:
+        if visit:
             visit(q.detach(), k.detach())
         return self.finish(tokens, F.scaled_dot_product_attention(q, k, v))
 
@@ -565,7 +559,7 @@ class ConvStem(nn.Sequential):
     def __init__(self, stride, dim):
         self.channels, self.stride, layers, inputs = dim, stride, [], 3
         for i in reversed(range(int(math.log2(stride)))):
-            layers += [nn.Conv2d(inputs, dim >> i, 3, 2, 1, bias=False), nn.BatchNorm2d(dim >> i), nn.ReLU()]
+            layers += torchvision.ops.Conv2dNormActivation(inputs, dim >> i, 3, 2)
             inputs = dim >> i
         super().__init__(*layers)
 
@@ -586,19 +580,19 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"--image-size {self.image_size}: use multiples of the patch size {patch_size}")
         stem = ConvStem(patch_size, dim) if stem == "conv" else stem
         channels, side = (stem.channels, patch_size // stem.stride) if stem else (3, patch_size)
-        embed = {"backbone": stem or nn.Identity(), "proj": nn.Conv2d(channels, dim, side, side)}
-        self.patch_embed = nn.Sequential(OrderedDict(embed))
+        proj = nn.Conv2d(channels, dim, side, side)
+        self.patch_embed = nn.Sequential(OrderedDict(backbone=stem or nn.Identity(), proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = np.linspace(0, drop_path, depth)
         self.blocks = nn.ModuleList(Block(dim, heads or dim // 64, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, 1e-6)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        for weight in (self.cls_token, self.pos_embed, *(m.weight for m in linears)):
-            nn.init.trunc_normal_(weight, std=0.02)
-        for linear in linears:
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim in (2, 3):  # linear layers, class token, positions; convolutions have four
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias") and not name.startswith("patch_embed"):
+                nn.init.zeros_(parameter)
 
     def embed(self, images):
         """(B, 3, H, W) -> tokens (B, 1 + gh * gw, C): class token first, then the patches row by row."""
@@ -649,7 +643,7 @@ def vit_state(state, renames=()):
             value = value.permute(3, 2, 0, 1)  # HWIO -> OIHW
         elif key.endswith("/kernel"):  # projection (h, d, C) -> (C, h * d); else (C, h, d) -> (h * d, C)
             value = value.flatten(0, -2).T if name.endswith("attn.proj.weight") else value.flatten(1).T
-        elif "/" in key and key.endswith(("/bias", "/scale")):
+        elif key.endswith(("/bias", "/scale")):
             value = value.flatten()
         out[name] = value
     for name in [n for n in out if ".attn.query." in n]:  # three matrices -> rows q, k, v of one
@@ -657,26 +651,24 @@ def vit_state(state, renames=()):
         out[name.replace("query", "qkv")] = torch.cat(parts)
     prefix = next((n.removesuffix("cls_token") for n in out if n.endswith("cls_token")), "")
     out = {n.removeprefix(prefix): v for n, v in out.items() if n.startswith(prefix)}
-    if "dist_token" in out:  # a distilled DeiT: its second token and head are dropped
-        out["pos_embed"] = torch.cat([out["pos_embed"][:, :1], out["pos_embed"][:, 2:]], 1)
-    heads = ("head.", "head_dist.", "pre_logits.", "dist_token")
-    return {n: v for n, v in out.items() if not n.startswith(heads)}
+    if "dist_token" in out:  # a distilled DeiT: its second token is dropped
+        pos_embed = out["pos_embed"]
+        out["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], 1)
+    return out
 
 
-def resize_pos_embed(pos_embed, grid, mode, old=None):
+def resize_pos_embed(pos_embed, grid, mode, old=()):
     """Position embeddings (1, 1 + gh * gw, C) of a grid `old`, else a square one -> of another grid.
 
     The class token's row is kept. Raises ValueError when the number of patches is not that of the old grid.
     """
     patches = pos_embed[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    old = next((g for g in (old, (side, side)) if g and math.prod(g) == patches.shape[1]), None)
-    if not old:
-        raise ValueError(f"position embeddings of {patches.shape[1]} patches: no known and no square grid")
-    if old == tuple(grid):
-        return pos_embed
+    N, side = patches.shape[1], math.isqrt(patches.shape[1])
+    old = old if math.prod(old) == N else (side, side)
+    if math.prod(old) != N:
+        raise ValueError(f"position embeddings of {N} patches: no known and no square grid")
     patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
-    patches = F.interpolate(patches, tuple(grid), mode=mode)
+    patches = F.interpolate(patches, grid, mode=mode)
     return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
 
 
@@ -699,9 +691,10 @@ def load_vit(model, source, renames=()):
         mode = "bilinear" if path.endswith(".npz") else "bicubic"
         old = tuple(n // model.patch_size for n in held["recipe"]["image_size"]) if "recipe" in held else ()
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid, mode, old)
+    heads = ["head.", "head_dist.", "pre_logits.", "dist_token"]
     if isinstance(model.norm, nn.Identity):
-        state = {n: v for n, v in state.items() if not n.startswith("norm.")}
-    load_state(model, state, ("head.",), path)
+        heads.append("norm.")
+    load_state(model, state, heads, path)
     return weights
 
 
@@ -711,9 +704,11 @@ def load_vit(model, source, renames=()):
 @torch.no_grad()
 def attention_weights(q, k, fusion="mean"):
     """Queries (B, h, n, d), keys (B, h, N, d) -> softmax weights, heads fused, fp32 (B, n, N)."""
-    with torch.autocast(q.device.type, enabled=False):
-        weights = (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-2, -1)).softmax(-1)
-        return {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[fusion](weights, 1)
+    join = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}[fusion]
+    q, k = (q.float() * q.shape[-1] ** -0.5).unbind(1), k.float().transpose(-2, -1).unbind(1)
+    with torch.autocast(q[0].device.type, enabled=False):  # head by head: one matrix stays in the cache
+        weights = functools.reduce(join, ((a @ b).softmax(-1) for a, b in zip(q, k)))
+    return weights / len(q) if fusion == "mean" else weights
 
 
 def rollout(attns):
@@ -734,11 +729,10 @@ def cls_rollout(layers, fusion="mean"):
 
     Vector-matrix products, deepest layer first: N^2 a layer instead of N^3, and one layer's matrix at a time.
     """
-    q = layers[-1][0]
-    row = F.one_hot(q.new_zeros(len(q)).long(), q.shape[2])
+    row = torch.ones(1, 1, device=layers[0][0].device)  # of the deepest layer, the class token's row alone
     for q, k in reversed(layers):
-        weights = attention_weights(q, k, fusion)  # (B, N, N)
+        weights = attention_weights(q[:, :, : row.shape[1]], k, fusion)  # (B, N, N)
         share = row / (1 + weights.sum(-1))  # of the rows of (S + E) / sum: E keeps it, S hands it down
-        with torch.autocast(q.device.type, enabled=False):
-            row = share + (share[:, None] @ weights)[:, 0]
+        row = (share[..., None] * weights).sum(1)
+        row[:, : share.shape[1]] += share
     return row

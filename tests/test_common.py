@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 
 import common
@@ -232,9 +232,9 @@ def test_heads_may_differ_and_nothing_else(tmp_path):
     for wrong, said in (
         (
             {k: state[k] for k in ("head.weight", "head.bias", "body.bias")},
-            r"1 tensors are missing \['body.weight'\]",
+            r"1 tensors are missing, .* \['body.weight'\]",
         ),
-        (state | {"tail": torch.zeros(1)}, r"1 unexpected \['tail'\]"),
+        (state | {"tail": torch.zeros(1)}, r"1 tensors .* \['tail'\]"),
         (state | {"body.bias": torch.zeros(9)}, "body.bias"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -320,23 +320,28 @@ def test_a_text_is_drawn_in_letters_that_a_font_has_and_cut_to_its_width():
     assert drawn[-1][0].endswith("...") and len(drawn[-1][0]) < 20
 
 
-def test_pages_are_put_together_without_loss_and_a_chart_draws_every_series():
+def test_pages_are_put_together_without_loss_and_a_chart_draws_every_series(monkeypatch):
     red, blue = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (60, 40), "blue")
-    assert common.stack([red, blue], 4).size == (60, 64) and common.stack(
-        [red, blue], 4, across=True
+    assert common.stack([red, blue]).size == (60, 64) and common.stack(
+        [red, blue], across=True
     ).size == (94, 40)
-    page = common.panels([red, blue], ["r", "b"], height=100, gap=6)
+    page = common.panels([red, blue], ["r", "b"], height=100)
     assert (
-        page.size == (150 + 6 + 150, 122)
+        page.size == (150 + 4 + 150, 122)
         and page.getpixel((75, 80)) == (255, 0, 0)
         and page.getpixel((230, 80)) == (0, 0, 255)
     )
     assert common.headed(red, "title").size == (30, 42)
     chart = common.plot(
-        "loss", "epoch", "nats", {"a": [(1, 3.0), (2, 1.0)], "b": [(1, math.nan), (2, 2.0)], "none": []}
+        "loss", "epoch", "nats", {"a": [(1, 3.0), (2, 1.0)], "b": [(1, math.nan), (2, 2.0)], "none": []}, (460, 320)
     )
     colours = set(map(tuple, np.asarray(chart).reshape(-1, 3)))
-    assert (0, 0x57, 0xB8) in colours and common.plot("loss", "epoch", "nats", {}).size == chart.size
+    assert {ImageColor.getrgb(f"hsl({hue}, 90%, 35%)") for hue in (0, 137)} <= colours and common.plot("loss", "epoch", "nats", {}, (46, 32)).size == (46, 32)
+    texts = []
+    monkeypatch.setattr(common, "write", lambda draw, at, text, *rest, **how: texts.append((at[1], text)))
+    point = np.asarray(common.plot("loss", "epoch", "nats", {"one": [(4, 2.5)], "two": [(4, 0.5)]}, (460, 320)))
+    assert [t for _, t in sorted(texts)] == ["loss: nats over epoch 4 to 4", "2.5", "0.5", "one", "two"]
+    assert (point == ImageColor.getrgb("hsl(0, 90%, 35%)")).all(-1).sum() > 9, "a series of one entry is a point"
     hot = common.heat(Image.new("RGB", (8, 8)), torch.tensor([[0.0, 1.0]]), strength=1.0)
     assert hot.getpixel((0, 4)) == (12, 10, 60) and hot.getpixel((7, 4)) == (255, 245, 120)
 
@@ -410,7 +415,8 @@ def test_the_keys_and_shapes_of_the_full_size_vit_are_those_of_torchvisions_vit_
     with torch.device("meta"):
         ours, theirs = common.vit("vit_base", 224), torchvision.models.vit_b_16()
     mapped = common.vit_state(theirs.state_dict())
-    assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    mapped = {k: v.shape for k, v in mapped.items() if not k.startswith("head.")}
+    assert mapped == {k: v.shape for k, v in ours.state_dict().items()}
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -482,7 +488,7 @@ def test_official_files_are_fetched_from_their_urls_and_checked_where_the_name_h
 
 def test_position_embeddings_of_equal_grid_stay_and_others_keep_the_class_row_and_the_order_of_rows():
     pos = torch.randn(1, 17, 6)
-    assert common.resize_pos_embed(pos, (4, 4), "bicubic") is pos
+    assert torch.equal(common.resize_pos_embed(pos, (4, 4), "bicubic"), pos)
     y, x = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     ramp = torch.cat(
         [torch.full((1, 1, 2), 9.0), torch.stack([y, x], -1).reshape(1, 16, 2)], 1
