@@ -1489,9 +1489,10 @@ def main(argv=None):
             return fail(1, f"this process lost the others: {text}")
         raise
     finally:
-        for worker in multiprocessing.active_children():
-            if worker.daemon:  # of a loader: one that is stuck would be waited for, and ignores SIGTERM
-                worker.kill()
+        stuck = [child for child in multiprocessing.active_children() if child.daemon]  # workers of a loader
+        for worker in stuck:  # which would be waited for, and ignore SIGTERM
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
