@@ -173,13 +173,8 @@ def parse(argv):
     action = argv.pop(0) if argv and argv[0][:1] != "-" else "train"
     if action not in ACTIONS:
         raise ValueError(f"unknown action {action!r}; {near(action, ACTIONS)}")
-    helps, against = {"-h", "--help", "--help-all"} & {*argv}, []
-    argv = [word for word in argv if word not in helps]
-    argv = [part for word in argv for part in word.split("=", 1 if word.startswith("--against=") else 0)]
-    while "--against" in argv[:-1]:  # its value looks like a flag
-        at = argv.index("--against")
-        against.append(argv.pop(at + 1))
-        del argv[at]
+    helps = {"-h", "--help", "--help-all"} & {*argv}
+    argv, against = without_against([word for word in argv if word not in helps])
     cli = Parser(Flags(), action)
     given, words = cli.read(argv)
     for f in dataclasses.fields(Flags):
@@ -226,6 +221,19 @@ def parse(argv):
     if any(path.is_file() for path in (out, *out.parents)):
         raise ValueError(f"--out {out}: a file is in the way; name a folder")
     return Call(**flags), variants(recipe, changed, against, switches, action)
+
+
+def without_against(argv):
+    """Take every --against FLAGS, whose value looks like a flag, out of a line -> the rest, the values."""
+    rest, values, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("--against="):
+            values.append(word.partition("=")[2])
+        elif word == "--against":
+            values.append(next(words, ""))
+        else:
+            rest.append(word)
+    return rest, values
 
 
 def run_of(action, given, words):
@@ -1482,8 +1490,8 @@ def main(argv=None):
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
             parts = f"--accumulate {2 * recipe.accumulate}, --amp bf16 or a smaller --batch-size"
             return fail(1, f"out of memory at batch {recipe.batch_size}; try {parts}")
-        if "DataLoader" in str(error) or "shared memory" in str(error):
-            hint = "give fewer --workers, or a larger /dev/shm"
+        if any(part in str(error) for part in ("DataLoader", "shared memory", "open files")):
+            hint = "give fewer --workers, or a larger /dev/shm or ulimit -n"
             return fail(1, f"a process that decodes photos died or went silent; {hint} ({text})")
         if dist.is_initialized():
             return fail(1, f"this process lost the others: {text}")
