@@ -236,7 +236,7 @@ def to_input(boxes, shown, size):
 def to_photo(boxes, shown, size):
     """The inverse of `to_input`: boxes in pixels of the input -> of the photo."""
     corner, scale = frame(shown, size)
-    return boxes * scale + corner
+    return np.asarray(boxes) * scale + corner
 
 
 def frame(shown, size):

@@ -160,7 +160,9 @@ def test_every_row_of_every_table_is_a_recipe_and_has_a_value_for_each_metric(na
             assert start in names | {None}, (key, row)
             assert paper is None or metrics == (len(paper) if isinstance(paper, tuple) else 1), (key, row)
             recipe = dataclasses.replace(method.RECIPES[table.data], **training | evaluation)
-            models[recipe.backbone] = dataclasses.replace(recipe, weights="none")  # the last row of each is built
+            models[recipe.backbone] = dataclasses.replace(
+                recipe, weights="none"
+            )  # the last row of each is built
     for recipe in models.values():
         with torch.device("meta"):
             assert sum(p.numel() for p in method.build(recipe, 7).parameters()) > 1000
