@@ -211,10 +211,10 @@ def by_class(features, K):
 
 def cwa_mask(C, K, draws=1):
     """Masks of channel-wise attention (Eq. 3): (draws, C) bool, ceil(c / 2) ones at random for each class."""
-    masks = []
-    for n, c in class_groups(C, K):
-        order = torch.rand(draws, n, c).argsort(2)  # a random permutation for each class
-        masks.append((order < (c + 1) // 2).flatten(1))
+    masks = [
+        (torch.rand(draws, n, c).argsort(2) < (c + 1) // 2).flatten(1)  # a random permutation for each class
+        for n, c in class_groups(C, K)
+    ]
     return torch.cat(masks, 1)
 
 
@@ -236,7 +236,7 @@ def class_spread(features, K, share=False):
     """
     h = []
     for part in by_class(features, K):
-        places = F.softmax(part, dim=-1, dtype=torch.float32)  # each channel sums to 1 over H * W
+        places = F.softmax(part, -1, dtype=torch.float32)  # each channel sums to 1 over H * W
         h.append(places.max(2).values.sum(2) / (part.shape[2] if share else 1))
     return torch.cat(h, 1)
 
@@ -385,8 +385,9 @@ class VGG16(nn.Module):
 
     def __init__(self, mid, high):
         super().__init__()
-        blocks = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, mid, "M", 512, 512, high]
-        self.features = make_layers(blocks, batch_norm=True)
+        self.features = make_layers(  # True: with batch norm
+            [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, mid, "M", 512, 512, high], True
+        )
 
     def forward(self, images):
         mid = self.features[:33](images)  # ten times convolution, batch norm, ReLU, and three poolings
@@ -464,17 +465,11 @@ BY_CLASSES = ("trunk.features.3", "trunk.features.4", "trunk.layer3.", "trunk.la
 
 
 def build(recipe, num_classes):
-    """The model for `num_classes` classes, its weights as recipe.weights says."""
+    """The model for `num_classes` classes; weights of torchvision, fetched or a file, or of a run of ours."""
     common.check_build(recipe, Recipe, num_classes)
-    model = Model(recipe, num_classes)
-    if recipe.weights != "none":
-        load(model, recipe)
-    return model
-
-
-def load(model, recipe):
-    """Load torchvision's weights, fetched or in a file, or a run of ours; the classifier may not fit."""
-    source = recipe.weights
+    model, source = Model(recipe, num_classes), recipe.weights
+    if source == "none":
+        return model
     if source == "default":
         source = common.fetch(*PUBLISHED[recipe.backbone])
     own = model.state_dict()
@@ -484,6 +479,7 @@ def load(model, recipe):
         anew = key.startswith(BY_CLASSES) and own.get(key, value).shape != value.shape
         state[key] = own[key] if anew else value
     common.load_state(model, state, HEADS, f"--weights {recipe.weights}")
+    return model
 
 
 def param_groups(model, recipe):
