@@ -9,7 +9,9 @@ import functools
 import math
 import os
 import re
+import sys
 import typing
+import unicodedata
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -300,7 +302,7 @@ def fetch(url, sha256=""):
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.exists() or torch.hub.download_url_to_file(url, path, sha256 or None)
+        path.exists() or torch.hub.download_url_to_file(url, path, sha256 or None, sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # no network, or a wrong hash: no file is kept
         raise ValueError(f"no download of {url} ({error}); fetch it to {path}, or --weights none") from None
     return path
@@ -379,7 +381,7 @@ def write(draw, at, text, size=14, width=9999, **how):
         if all(bytes(face.getmask(letter)) != lacking for letter in text):
             break
     else:
-        text = text.encode("ascii", "replace").decode()
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     while len(text) > 3 and draw.textlength(text, font=face) > width:
         text = text[:-4] + "..."
     draw.text(at, text, font=face, **how)

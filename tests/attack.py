@@ -1,0 +1,277 @@
+"""Attacks that take too long for the test suite: kills, damaged files, hostile command lines.
+
+    OMP_NUM_THREADS=1 python tests/attack.py kills 1000      # SIGKILL of tiny runs of the five methods
+    OMP_NUM_THREADS=1 python tests/attack.py files 100000    # mutated photos, weights, annotations, JSON
+    OMP_NUM_THREADS=1 python tests/attack.py lines 1000      # random command lines of all flags
+
+A third argument is the number of the first case: `files 1 4711` repeats case 4711. Faults are printed; the
+last line counts how the cases ended; the status is 1 if there was a fault. Each case is a forked process.
+"""
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import data
+import test_datasets as sets
+import test_train
+import train
+
+METHODS, ENDS = list(train.METHODS), Counter()
+TINY = "--toy-preset birds-easy --toy-train 1 --toy-test 1 --batch-size 4 --epochs 2 --save-every 1".split()
+
+
+def fault(case, text):
+    ENDS["FAULT"] += 1
+    print(f"FAULT in case {case}: {text}", flush=True)
+
+
+def ended(work, killed_after=None):
+    """Do `work()` in a forked process -> its status, negative for a signal, and what it printed."""
+    Path("said").write_text("")
+    process = test_train.forked(output="said", patch=lambda: os._exit(work() or 0))
+    process.join(killed_after)
+    process.kill()
+    process.join()
+    return process.exitcode, Path("said").read_text(errors="replace")
+
+
+def attempt(words, folder, number):
+    """The command in this process, killed before file operation `number` in a folder."""
+    operations, own = itertools.count(1), os.getpid()
+
+    def hook(event, args):
+        on_file = event in ("open", "os.rename", "os.mkdir", "os.remove") and folder in str(args[0])
+        if on_file and os.getpid() == own and next(operations) == number:
+            os.kill(own, signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return train.main(words)
+
+
+def kills(count, case=0):
+    """Kill tiny runs at each file operation in turn, then at random, and resume them to the undisturbed end."""
+    begun = [["--method", method, *TINY] for method in METHODS]
+    for words in begun:
+        ended(lambda: train.main([*words, "--out", words[1]]))
+    while ENDS["killed"] < count:
+        rng, folder, status, way = random.Random(f"kills {case}"), f"run{case}", -signal.SIGKILL, ""
+        number, words = case // len(METHODS) + 1, begun[case % len(METHODS)]
+        while status == -signal.SIGKILL and not Path(folder, "result.json").exists():
+            if way or number > 30:  # an undisturbed run has about as many
+                number, way = (
+                    rng.randint(1, 30),
+                    rng.choice(["operation", "moment", *["end"] * 2 * bool(way)]),
+                )
+            command = [*words, "--out", folder]
+            if Path(folder, "last.pt").exists() or Path(folder, "run.json").exists() and rng.random() < 0.5:
+                command = ["--resume", folder]
+            command += ["--workers", rng.choice("00012")]
+            moment, way = rng.uniform(0, 2) if way == "moment" else None, way or "operation"
+            status, said = ended(lambda: attempt(command, folder, number * (way == "operation")), moment)
+            ENDS["killed" if status == -signal.SIGKILL else f"{words[1]}, status {status}"] += 1
+        same = status in (0, -signal.SIGKILL) and ended(lambda: test_train.same_run(words[1], folder))[0] == 0
+        shutil.rmtree(folder) if same else fault(case, f"{os.getcwd()}: {shlex.join(command)}: {said[-500:]}")
+        case += 1
+    return f"runs to number {case}, killed {ENDS['killed']} times"
+
+
+PIECES = [b"9" * 400, b"", b"\0", b"\xff\xfe", b"[" * 5000, b",", b" ", b"-1", b"nan", b"1e999", b"\r\n"]
+PIECES += [
+    b"\xef\xbb\xbf",
+    b"../x",
+    b"\x7f\xff\xff\xff",
+    b"\xff" * 8,
+    b"<!ENTITY a '&a;'>",
+    b"%!PS-Adobe-3.0",
+]
+VALUES = "null true 0 -1 1e308 NaN 1e999 %s \"\" \"x\" [] {} [[]] {\"a\":{}} [null]" % ("9" * 400)
+TOKEN = re.compile(rb'"[^"]*"|-?\d[\d.e+-]*|\[[^\[\]]*\]|\{[^{}]*\}')
+RECIPE = common.Recipe(image_size=(16, 16), resize=(20, 20))
+TABLE = "table --method tdsa --table toy --rows cross-entropy --any-commit --out table".split() + TINY
+PHOTOS = "a.jpg RGB, b.jpg CMYK, c.png RGBA, d.png P transparency, e.webp RGB, f.tif RGB, g.tif I;16, h.gif P, i.bmp L"
+
+
+def mutated(content, rng):
+    """Bytes with one to four small damages; of JSON also a value of another kind; zips with right sums."""
+    if content[:2] == b"PK" and rng.random() < 0.5:
+        old, new = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+        chosen = rng.choice([name for name in old.namelist() if name.endswith((".pkl", ".npy"))])
+        with zipfile.ZipFile(new, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+            for name in old.namelist():
+                archive.writestr(name, mutated(old.read(name), rng) if name == chosen else old.read(name))
+        return new.getvalue()
+    new = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        at, piece = rng.randrange(len(new) + 1), rng.choice([*PIECES, rng.randbytes(1)])
+        if content[:1] in b"{[" and rng.random() < 0.7 and (token := TOKEN.search(new, at)):
+            new[slice(*token.span())] = rng.choice(VALUES.split()).encode()
+        elif rng.random() < 0.3:
+            new[at : at + 1] = bytes([rng.choice(b"0123456789 ,")])
+        else:
+            new[at : at + rng.choice([0, 1, 4, 40, len(new) * (rng.random() < 0.1)])] = piece
+    return bytes(new)
+
+
+def make_files():
+    """Good files in this folder -> [(weight, path, what reads it)]."""
+    kinds, exif, bird = [], Image.Exif(), data.draw_bird("birds", "train", 0, 40)["image"]
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    for name, mode, *more in map(str.split, PHOTOS.split(", ")):
+        photo = Image.fromarray(bird).convert("L" if ";" in mode else mode).convert(mode)
+        photo.save(name, **dict.fromkeys(more, 1), **{"exif": exif} if name[0] in "acef" else {})
+        kinds += [
+            (3, name, data.open_photo),
+            (3, name, lambda path: data.Photos(data.Split([str(path)], [0]), RECIPE)[0]),
+        ]
+    weights = {"a.weight": torch.ones(3, 2), "b": torch.arange(9), "c": torch.ones(2).half()}
+    torch.save(weights, "w.pt")
+    np.savez("y.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
+    for words in (
+        ["--method", "tdsa", *TINY, "--out", "run"],
+        "eval run --upsample nearest,bilinear".split(),
+        TABLE,
+    ):
+        ended(lambda: train.main(words))
+    kinds += [(9, "w.pt", common.read_state), (9, "y.npz", common.read_state)]
+    kinds += [(1, "run/last.pt", lambda path: train.load("run"))]
+    kinds += [(2, f"run/{name}", lambda path: train.curves(["run"])) for name in ("log.jsonl", "eval.json")]
+    for words in (["eval", "run"], ["--resume", "run"]):
+        kinds.append((5, "run/run.json", lambda path, words=words: train.parse(words)))
+    world, finished = train.World(torch.device("cpu")), "table/tdsa-cross-entropy-seed0/result.json"
+    kinds.append((2, finished, lambda path: train.table(*train.parse(TABLE), world)))
+    for name in ("cub", "cars", "aircraft", "flowers", "dogs", "plant", "fmow", "msmt17"):
+        base, recipe = getattr(sets, name)(Path(name)), dataclasses.replace(RECIPE, boxes=name == "fmow")
+        files = [path for path in base.rglob("*") if path.is_file() and path.suffix not in (".jpg", ".png")]
+        read = functools.partial(data.load, name, base, recipe)
+        kinds += [(10 / len(files), path, lambda path, read=read: read()) for path in files]
+    return [(weight, Path(path), read) for weight, path, read in kinds]
+
+
+def file_cases(numbers, kinds):
+    """Read mutated files in this process; the last line is the count of ends, or the case it died of."""
+    ENDS.clear()
+    for case in numbers:
+        print(case)
+        rng, peak = random.Random(f"files {case}"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ((_, path, read),) = rng.choices(kinds, [kind[0] for kind in kinds])
+        content, end = path.read_bytes(), "read"
+        path.write_bytes(mutated(content, rng))
+        signal.alarm(10)
+        try:
+            read(path)
+        except (ValueError, OSError) as error:
+            end = "refused"
+            if path.name not in str(error) and f"{path.parts[0]} is damaged" not in str(error):
+                fault(case, f"{path} is not named by {error!r:.300}")
+        except Exception as error:
+            fault(case, f"{path}: {error!r:.300}")
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak > 2 * 2**20:
+            fault(case, f"{path} takes more than 2 GB")
+        path.write_bytes(content)
+        ENDS[f"{path.parts[0]}, {end}"] += 1
+    print("\n" + json.dumps(ENDS))
+
+
+def files(count, first=0):
+    """Read mutated files of all kinds, a thousand in a process."""
+    kinds = make_files()
+    for begin in range(first, first + count, 1000):
+        status, said = ended(lambda: file_cases(range(begin, min(begin + 1000, first + count)), kinds))
+        print(*(f"{line}\n" for line in said.splitlines() if "FAULT" in line), end="", flush=True)
+        if status:
+            fault("that is the last number here", f"status {status}: {said[-300:]}")
+            kinds = make_files()
+        else:
+            ENDS.update(json.loads(said.splitlines()[-1]))
+    return f"{count} mutated files"
+
+
+HOSTILE = (
+    "inf nan -inf 1e308 1e-320 -1 0 0.0 1 2 0.5 999999999 18446744073709551616 10000 1,2 1,2,3 , none x "
+)
+HOSTILE += (
+    "text.txt photo.jpg folder empty run pipe nowhere /dev/zero -- 1_000 ½ ٣ 0x10 true a=b toy cub / {} %s"
+)
+HOSTILE = [*HOSTILE.split(), "", " ", "\n"]
+
+
+def random_line(rng, method):
+    """A command line with up to four random flags, most of them hostile."""
+    action = rng.choice([*train.ACTIONS, "train", "evl", ""])
+    words = ["--method", method, *TINY, "--iterations", "1"]
+    words += ["--table", "toy"] * (action == "table")
+    if action in ("eval", "predict", "figures"):
+        words = ["run"] + rng.choices([*HOSTILE, "photo.jpg"], k=action == "predict")
+    elif rng.random() < 0.1:
+        words += ["--data", "folder", "--root", "folder", "--weights", "none"]
+    kinds = (train.METHODS[method].Recipe, train.METHODS[method].Recipe, train.Flags)
+    flags = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in ("compile", "download")]
+    for f in rng.sample(flags, rng.randint(0, 4)):
+        flag, value = common.flag(f), rng.choice([*HOSTILE, *f.metadata["choices"], str(f.default)])
+        flag = flag[:-2] + flag[-1] if rng.random() < 0.03 else flag
+        words += [flag] if f.type is bool else rng.choice([[flag, value], [f"{flag}={value}"]])
+    return [action] * (action != "train") + words + rng.choices(HOSTILE, k=rng.random() < 0.05)
+
+
+def lines(count, first=0):
+    """Run random command lines, each in a copy of a folder with a run, photos and other things."""
+    good, copy = Path("good"), Path("copy")
+    for path in ("train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg", "test/b/1.jpg", "../photo.jpg"):
+        sets.photo(good / "folder" / path)
+    sets.write(good / "text.txt", "hello"), (good / "empty").mkdir()
+    ended(lambda: train.main(["--method", "tdsa", *TINY, "--out", "good/run"]))
+    for case in range(first, first + count):
+        rng = random.Random(f"lines {case}")
+        words = random_line(rng, rng.choice(METHODS))
+        shutil.copytree(good, copy)
+        os.mkfifo(copy / "pipe")
+        before = {(path, path.lstat().st_mtime_ns) for path in copy.rglob("*")}
+
+        def work():
+            os.chdir(copy)
+            resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+            return train.main(words)
+
+        status, said = ended(work, 60)
+        new = {(path, path.lstat().st_mtime_ns) for path in copy.rglob("*")} ^ before
+        errors, line = said.count("train.py: "), shlex.join(words)
+        ENDS[f"status {status}"] += 1
+        if status not in (0, 1, 2, -signal.SIGKILL) or "Traceback" in said or status > 0 and not errors:
+            fault(case, f"status {status}: {line}: {said[-700:]}")
+        elif status == 2 and (errors > 1 or new):
+            fault(case, f"wrote {new} or more than a line: {line}: {said[-500:]}")
+        elif status not in (0, 2):
+            print(f"case {case} {'failed' if status == 1 else 'takes over a minute'}: {line}: {said[-300:]}")
+        shutil.rmtree(copy)
+    return f"{count} command lines"
+
+
+if __name__ == "__main__":
+    part, *numbers = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.hub.download_url_to_file = lambda *args: open("no network")
+    began, _ = time.time(), os.chdir(tempfile.mkdtemp(prefix="attack-"))
+    print({"kills": kills, "files": files, "lines": lines}[part](*map(int, numbers)), end=" ")
+    print(f"in {time.time() - began:.0f} s: {dict(sorted(ENDS.items()))}")
+    sys.exit(ENDS["FAULT"] > 0)
