@@ -161,6 +161,8 @@ class Parser(argparse.ArgumentParser):
     def read(self, words):
         """Words -> the values of its flags among them, and the others."""
         values, others = self.parse_known_args(words)
+        if [] in vars(values).values():  # how argparse reads --flag=--
+            self.error("-- is no value of a flag")
         return vars(values), others
 
 
