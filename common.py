@@ -89,6 +89,7 @@ def tuple_of(kind, *rest):
 on_input, on_training = functools.partial(opt, group="input"), functools.partial(opt, group="training")
 chance, share = functools.partial(on_input, most=1), functools.partial(on_training, most=1)
 FILTERS = ("nearest", "bilinear", "bicubic", "random")
+PRESETS = ("birds", "birds-easy", "birds-small", "birds-pretrain")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Recipe(Options):
     val_fraction: float = chance(0.0, "share of each class cut from train to validate on")
     train_split: str = on_input("trainval", "of Aircraft, Flowers, MSMT17", ("trainval", "train"))
     crop_banner: bool = on_input(False, "Aircraft: cut the copyright banner (the literature does not)")
-    toy_preset: str = on_input("birds", "which toy birds are drawn")
+    toy_preset: str = on_input("birds", "which toy birds are drawn", PRESETS)
     toy_train: int = on_input(0, "toy: training images a class; 0: the preset's")
     toy_test: int = on_input(0, "toy: test images a class; 0: the preset's")
 

@@ -121,6 +121,7 @@ def test_too_many_pixels_are_refused_before_anything_is_decoded(tmp_path, monkey
     chunk = lambda kind, body: number(len(body)) + kind + body + number(zlib.crc32(kind + body))
     about = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, colour, 0, 0, 0))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + about + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    Image.init()  # plugins of Pillow load pictures of their own
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=f"a.png: .*{w} x {h} pixels are too many"):
         data.open_photo(tmp_path / "a.png")
@@ -451,6 +452,7 @@ def test_toy_splits_have_the_counts_the_size_and_the_truth_of_the_recipe():
     assert np.array_equal(easy.images[5], b["image"]) and np.array_equal(easy.parts[5], b["part_boxes"])
     assert np.array_equal(easy.boxes[5], b["object_box"]) and easy.labels[5] == b["label"] == 5
     counts = {name: (len(p.codes), p.train, p.test) for name, p in data.PRESETS.items()}
+    assert set(counts) == set(common.PRESETS)
     others = dict.fromkeys(["birds-easy", "birds-small", "birds-pretrain"], (8, 150, 60))
     assert counts == {"birds": (16, 15, 30)} | others
 

@@ -222,6 +222,7 @@ WRONG = """
 --method tnet --amp int8 ; --amp
 --method tnet --image-size 64,64,64 ; --image-size
 --method tnet --nonsense 3 ; unknown argument --nonsense
+--method tnet --toy-preset bird ; --toy-preset
 --method tnet --crop-ratio=-- ; -- is no value
 --method tnet --out=-- ; -- is no value
 --method tnet --images 3 ; --images is for figures
