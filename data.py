@@ -495,8 +495,12 @@ def class_folders(folder, classes=None):
     classes = classes or [d.name for d in folders]
     for d in folders:
         found = photos_in(d)
-        if d.name not in classes or not found:
-            raise ValueError(f"{d} holds no photos ({' '.join(EXTENSIONS)}), or train has no such class")
+        if not d.exists():
+            raise ValueError(f"{d} is a link that leads nowhere; mend or remove it")
+        if d.name not in classes:
+            raise ValueError(f"{d} is no class of train; rename or remove it, or add photos of it to train")
+        if not found:
+            raise ValueError(f"{d} holds no photos ({' '.join(EXTENSIONS)}); add some or remove the folder")
         paths += found
         labels += [classes.index(d.name)] * len(found)
     return Split(paths, labels), classes

@@ -680,7 +680,7 @@ def test_a_validation_split_is_cut_from_train_and_every_list_alike(tmp_path):
     ({}, 0, "holds 0 class folders"), ({"train": 1, "test": 1}, 0, "train holds 0 class folders"),
     ({"train_a": 1, "test_a": 1}, 0, "holds 1 class folders.*of at least two classes"),
     ({"test_a": 1, "test_b": 1}, 0, "has test and no train"),
-    ({"train_a": 1, "train_b": 1, "test_c": 1}, 0, "test/c holds no photos .*or train has no such class"),
+    ({"train_a": 1, "train_b": 1, "test_c": 1}, 0, "test/c is no class of train"),
     ({"train_a": 1, "train_b_.hidden": 1, "test_a": 1}, 0, "b holds no photos"),
     ({"train_a": 1, "train_b": 1, "test_a": 1, "val_a": 1}, 0.5, "--val-fraction 0.5: folder has val or"),
     ({"a": 1, "b": 1}, 0.5, "--val-fraction 0.5: no class has two photos"),
@@ -707,7 +707,7 @@ def test_own_photos_are_looked_through_and_the_unreadable_ones_named_together(tm
     assert (len(splits.train), len(splits.test)) == (6, 2) and splits.train.upright and splits.test.upright
     assert "left out: " in splits.note and "empty.jpg" in splits.note
     (tmp_path / "train/c").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="train/c holds no photos"):
+    with pytest.raises(ValueError, match="train/c is a link that leads nowhere"):
         load("folder", tmp_path, skip_bad=True)
 
 
