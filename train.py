@@ -1115,8 +1115,9 @@ def figures(flags, recipes, world):
     """The figures action: the paper's figure of test images, of several runs side by side; curves."""
     runs = [flags.run, *flags.words]
     beside = Path(flags.run) if len(runs) == 1 else Path(flags.run).parent
+    comparable = {read_run(run)["data"] for run in runs} == {flags.data}
     out = make_folder(flags.out or beside / "figures")
-    if {read_run(run)["data"] for run in runs} == {flags.data}:
+    if comparable:
         models = [load(run, world.device, None if i else recipes[0][1]) for i, run in enumerate(runs)]
         splits = [load_data(flags, recipe).test for _, _, recipe in models]
         n = min(map(len, splits))

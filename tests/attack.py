@@ -223,7 +223,7 @@ def lines(count, first=0):
 
         def work():
             os.chdir(copy)
-            resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+            resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
             return train.main(words)
 
         status, said = ended(work, 60)

@@ -244,6 +244,7 @@ eval empty ; no run folder
 eval r --method tnet ; the run is tdsa on toy
 predict r ; name photos
 predict r nowhere.jpg ; nowhere.jpg
+figures r nowhere --out new ; nowhere is no run folder
 predict r empty ; empty
 profile ; name a method
 profile --method tnet --against --nonsense ; unknown argument --nonsense
