@@ -1039,6 +1039,7 @@ def predict(flags, recipes, world):
         return {"classes": order[:, :5], "shares": shares[:, :5], "boxes": boxes, "scores": scores}
 
     split = data.Split(data.list_photos(flags.words), None, upright=True)
+    data.Photos(split, recipe)  # refuses a recipe that photos cannot have before anything is written
     out, bad, flags = (
         make_folder(flags.out or f"{flags.run}/predict"),
         [],

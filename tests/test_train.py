@@ -245,6 +245,7 @@ eval r --method tnet ; the run is tdsa on toy
 predict r ; name photos
 predict r nowhere.jpg ; nowhere.jpg
 figures r nowhere --out new ; nowhere is no run folder
+predict r text.txt --boxes ; no object boxes
 predict r empty ; empty
 profile ; name a method
 profile --method tnet --against --nonsense ; unknown argument --nonsense
