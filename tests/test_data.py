@@ -42,16 +42,18 @@ def held(image, n=1, **truth):
     return data.Split([f"held/{i}" for i in range(n)], [0] * n, images=[image] * n, **truth)
 
 
-def items(image, settings, n=40, boxes=None, train=True):
-    """The first n epochs of a split of one image -> list of (3, H, W) as float."""
-    photos = data.Photos(held(image, boxes=boxes), settings, train)
-    return [photos[(epoch, 0) if train else 0][0].double() for epoch in range(n)]
+def drawn(image, n=40, train=True, truth=None, **settings):
+    """The first n epochs of a split of one image -> list of (image (3, H, W) as float, box shown (4,))."""
+    photos = data.Photos(held(image, boxes=truth), recipe(**settings), train)
+    return [(item[0].double(), item[3].numpy()) for item in (photos[(epoch, 0)] for epoch in range(n))]
 
 
-def place(item):
-    """Where in the ramp an item's first pixel, one step right and one step down come from, as (x, y)."""
-    at, (H, W) = lambda r, c: item[:2, r, c].numpy() / 2, item.shape[1:]
-    return at(0, 0), (at(0, W - 1) - at(0, 0)) / (W - 1), (at(H - 1, 0) - at(0, 0)) / (H - 1)
+def items(*what, **settings):
+    return [image for image, _ in drawn(*what, **settings)]
+
+
+def shown(*what, **settings):
+    return np.array([box for _, box in drawn(*what, **settings)])
 
 
 def full(image, size, resample=Image.Resampling.BILINEAR):
@@ -186,19 +188,19 @@ def test_the_test_transform_is_resize_then_centre_crop_to_a_grey_level():
     image = np.asarray(Image.fromarray(bird(128)).resize((150, 110)))
     for size, resize in (((24, 32), (41, 53)), ((32, 32), (32, 32)), ((64, 48), (300, 200))):
         for name, resample in data.FILTERS.items():
-            got = data.Photos(held(image), recipe(image_size=size, resize=resize, interpolation=name))[0][0]
+            (got,) = items(image, 1, False, image_size=size, resize=resize, interpolation=name)
             whole = torch.from_numpy(full(image, resize, resample))
-            gap = (got.double() - torchvision.transforms.functional.center_crop(whole, list(size))).abs()
-            assert got.dtype == torch.uint8 and got.shape == (3, *size)
+            gap = (got - torchvision.transforms.functional.center_crop(whole, list(size))).abs()
             assert gap.max() <= 1 if name != "nearest" else (gap == 0).double().mean() > 0.9  # ties
-    assert np.array_equal(items(image, recipe(image_size=(32, 40)), 1, train=False)[0], full(image, (32, 40)))
+    assert np.array_equal(items(image, 1, False, image_size=(32, 40))[0], full(image, (32, 40)))
 
 
 def test_items_are_image_label_index_and_the_box_shown_and_testing_draws_nothing():
     split = data.Split(["a", "b"], [5, 6], images=[ramp(60), ramp(62, 90)])
     settings = recipe(resize=(40, 48), hflip=1.0, crop="random", brightness=0.5, rotate=90.0)
     images, labels, indices, shown = next(iter(DataLoader(data.Photos(split, settings), batch_size=2)))
-    assert images.shape == (2, 3, 24, 24) and torch.equal(images[1], data.Photos(split, settings)[1][0])
+    assert images.shape == (2, 3, 24, 24) and images.dtype == torch.uint8
+    assert torch.equal(images[1], data.Photos(split, settings)[1][0])
     assert labels.tolist() == [5, 6] and indices.tolist() == [0, 1]
     assert np.allclose(shown, [[30, 12, 90, 48], [22.5, 62 * 0.2, 67.5, 62 * 0.8]])
     assert data.Photos(data.Split(["a"], None, images=[GREY]), PLAIN)[0][1] == -1  # photos to predict
@@ -206,121 +208,58 @@ def test_items_are_image_label_index_and_the_box_shown_and_testing_draws_nothing
         data.Photos(data.Split(["gone.jpg"], [0]), recipe(resize=(20, 30)))
 
 
-def test_random_crops_are_cuts_of_the_resized_photo_at_every_place():
-    whole, places = full(ramp(), (26, 28)), set()
-    for item in items(ramp(), recipe(crop="random", resize=(26, 28)), 60):
-        cuts = itertools.product(range(3), range(5))
-        gaps = {(t, l): np.abs(whole[:, t : t + 24, l : l + 24] - item.numpy()).max() for t, l in cuts}
-        assert min(gaps.values()) <= 1
-        places.add(min(gaps, key=gaps.get))
-    assert len(places) == 15
+BOX = np.array([[30, 20, 150, 60]], np.float32)  # reaches 30 pixels over the ramp's right edge
 
 
-def test_padding_moves_the_crop_over_the_edge_by_at_most_pad_and_is_black():
-    places = set()
-    for item in items(np.full((50, 50, 3), 200, np.uint8), recipe(crop="random", pad=3), 80):
-        black = item[0] == 0
-        assert ((item == 200) | black).all()
-        top, left = int(black[:, 12].sum()), int(black[12].sum())
-        places.add((top if black[0, 12] else -top, left if black[12, 0] else -left))
-    assert {t for t, _ in places} == {l for _, l in places} == set(range(-3, 4))
+@pytest.mark.parametrize("settings", [
+    {"crop": "random", "resize": (26, 28)}, {"crop": "resized"}, {"boxes": True}, {"resize": (40, 60)},
+    {"boxes": True, "crop": "resized"},
+])
+def test_the_pixels_of_an_item_are_those_of_the_box_that_it_shows(settings):
+    photo = Image.fromarray(ramp())
+    photos = data.Photos(held(ramp(), boxes=BOX), recipe(**settings), train=True)
+    for epoch in range(10):
+        pixels, _, _, shown = photos[(epoch, 0)]
+        expected = photo.resize((24, 24), Image.Resampling.BILINEAR, shown.tolist())
+        assert np.array_equal(pixels, np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_random_crops_of_the_resized_photo_go_everywhere_and_padding_moves_them_over_the_edge_into_black():
+    boxes = shown(ramp(), 100, crop="random", resize=(26, 28)) / (120 / 28, 80 / 26, 120 / 28, 80 / 26)
+    corners = {(left, top, left + 24, top + 24) for left in range(5) for top in range(3)}
+    assert set(map(tuple, boxes.round(6))) == corners
+    image = np.full((48, 48, 3), 200, np.uint8)
+    boxes = shown(image, 80, crop="random", pad=3)
+    assert set(boxes[:, 0]) == set(boxes[:, 1]) == set(range(-6, 7, 2))
+    for (x1, y1, *_), item in zip(boxes, items(image, 80, crop="random", pad=3)):
+        x, y = (first + 2 * np.arange(24) + 1 for first in (x1, y1))  # the middle of each pixel
+        inside = ((y >= 0) & (y < 48))[:, None] & ((x >= 0) & (x < 48))
+        assert np.array_equal(item, np.broadcast_to(200 * inside, (3, 24, 24)))
 
 
 def test_resized_crops_have_the_area_and_aspect_of_the_recipe_and_go_everywhere():
-    settings = recipe(crop="resized", crop_area=(0.2, 0.5), crop_ratio=(0.8, 1.6))
-    crops = [place(item) for item in items(ramp(), settings, 150)]
-    w, h = np.array([(24 * right[0], 24 * down[1]) for _, right, down in crops]).T
-    corners = np.array([origin - (right[0] / 2, down[1] / 2) + 0.5 for origin, right, down in crops])
-    area, ratio = w * h / (80 * 120), w / h
-    assert 0.18 < area.min() < 0.25 and 0.45 < area.max() < 0.53
-    assert 0.75 < ratio.min() < 0.9 and 1.4 < ratio.max() < 1.7
-    assert corners.min(0).max() < 4 and (corners.max(0) > (50, 25)).all()
-    square = recipe(crop="resized", crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0))  # none fits: the centred one
-    for origin, right, _ in map(place, items(np.ascontiguousarray(ramp(20, 120)), square, 5)):
-        assert abs(right[0] * 24 - 20) < 1.5 and abs(origin[0] - 50) < 2
-
-
-def test_random_interpolation_draws_all_six_filters_of_pillow_in_training_only():
-    image = bird(96)
-    filters = {r: full(image, (24, 24), r).tobytes() for r in map(Image.Resampling, range(6))}
-    drawn = {item.numpy().tobytes() for item in items(image, recipe(interpolation="random"), 60)}
-    assert drawn == set(filters.values()) and len(drawn) == 6
-    tested = items(image, recipe(interpolation="random"), 1, train=False)[0].numpy().tobytes()
-    assert tested == filters[Image.Resampling.BILINEAR]
-
-
-def test_hflip_mirrors_with_its_probability_and_crop_none_trains_on_the_test_view():
-    plain = items(ramp(), recipe(resize=(30, 30)), 1, train=False)[0]
-    found = items(ramp(), recipe(resize=(30, 30), hflip=0.3), 300)
-    assert all(torch.equal(item, plain) or torch.equal(item, plain.flip(2)) for item in found)
-    assert 0.2 < np.mean([torch.equal(item, plain.flip(2)) for item in found]) < 0.4
-
-
-def test_rotation_translation_and_zoom_stay_in_their_ranges_and_fill_them():
-    def motion(n=60, **settings):
-        """Angle (degrees), zoom and shift (shares of the side), read off the middle of a ramp."""
-        for item in items(ramp(120, 120), recipe(image_size=(120, 120), **settings), n):
-            x, y = (item[:2, 60, 80] - item[:2, 60, 40]).numpy() / 80
-            shift = (60 - item[:2, 60, 60].numpy() / 2) / 120
-            yield math.degrees(math.atan2(y, x)), 1 / math.hypot(x, y), *shift
-
-    angle, zoom, across, down = np.array(list(motion(rotate=20.0))).T
-    assert -21 < angle.min() < -15 and 15 < angle.max() < 21 and np.abs(zoom - 1).max() < 0.05
-    angle, zoom, *shifts = np.array(list(motion(translate=0.1))).T
-    assert all(-0.11 < v.min() < -0.07 and 0.07 < v.max() < 0.11 for v in shifts) and np.abs(angle).max() < 1
-    zoom = np.array(list(motion(zoom=(1.2, 1.5))))[:, 1]
-    assert 1.15 < zoom.min() < 1.28 and 1.42 < zoom.max() < 1.55
-    angle = np.array(list(motion(200, rotate=20.0, affine_prob=0.25)))[:, 0]
-    assert 0.15 < (np.abs(angle) > 0.5).mean() < 0.35
-
-
-def test_brightness_contrast_saturation_and_hue_stay_in_their_ranges_and_fill_them():
-    two = np.where(np.arange(24)[:, None, None] < 12, 80, 120).repeat(24, 1).repeat(3, 2).astype(np.uint8)
-    red = np.zeros((24, 24, 3), np.uint8) + np.array([160, 100, 100], np.uint8)
-    hue = lambda i: colorsys.rgb_to_hsv(*(i[:, 0, 0] / 255).tolist())[0]
-    for image, settings, measure in (
-        (two, {"brightness": 0.3}, lambda i: float(i.mean()) / 100 - 1),
-        (two, {"contrast": 0.5}, lambda i: float(i[0, -1, 0] - i[0, 0, 0]) / 40 - 1),
-        (red, {"saturation": 0.4}, lambda i: float(i[0, 0, 0] - i[1, 0, 0]) / 60 - 1),
-        (red, {"hue": 0.2}, lambda i: (hue(i) + 0.5) % 1 - 0.5),
-    ):
-        (most,), found = settings.values(), [measure(item) for item in items(image, recipe(**settings), 150)]
-        assert -1.08 * most < min(found) < -0.8 * most and 0.8 * most < max(found) < 1.08 * most, settings
-    some = items(two, recipe(brightness=0.3, jitter_prob=0.3), 200)
-    assert 0.2 < np.mean([float(item.mean()) != 100 for item in some]) < 0.4
-    assert min(float(item.mean()) for item in items(two, recipe(brightness=5.0))) == 0  # no factor below zero
-
-
-def test_erasing_fills_a_rectangle_of_normalised_images_with_unclipped_noise_of_unit_variance():
-    values, shapes = [], []
-    for image in data.erase(torch.full((600, 3, 40, 40), 9.0), recipe(erasing=0.5)):
-        rows, columns = ((image != 9).any(0).any(k).nonzero()[:, 0] for k in (1, 0))
-        if len(rows):
-            inside = image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            assert (inside != 9).all()
-            values.append(inside.flatten())
-            shapes.append(inside.shape[1:])
-    noise, (h, w) = torch.cat(values), np.array(shapes).T
-    area = h * w / 1600
-    assert 0.43 < len(h) / 600 < 0.57 and 0.01 < area.min() < 0.03 and 0.31 < area.max() < 0.35
-    assert 0.25 < (h / w).min() < 0.4 and 2.5 < (h / w).max() < 4
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02 and noise.abs().max() > 3.5
+    x1, y1, x2, y2 = shown(ramp(), 300, crop="resized", crop_area=(0.2, 0.5), crop_ratio=(0.8, 1.6)).T
+    area, ratio = (x2 - x1) * (y2 - y1) / (80 * 120), (x2 - x1) / (y2 - y1)
+    assert 0.2 <= area.min() < 0.21 and 0.49 < area.max() <= 0.5
+    assert 0.8 <= ratio.min() < 0.82 and 1.55 < ratio.max() <= 1.6
+    assert (np.log(ratio) > np.log(0.8 * 1.6) / 2).mean() == pytest.approx(0.5, abs=0.1)
+    assert 0 <= min(x1.min(), y1.min()) and max(x1.min(), y1.min()) < 2
+    assert 118 < x2.max() <= 120 and 78 < y2.max() <= 80
+    square = dict(crop="resized", crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0))  # none fits: the centred one
+    assert np.allclose(shown(np.ascontiguousarray(ramp(20, 120)), 5, **square), [50, 0, 70, 20])
 
 
 def test_boxes_crop_the_photo_and_are_clipped_to_it():
-    box = np.array([[30, 20, 150, 60]], np.float32)  # reaches 30 pixels over the right edge
     for train in (False, True):
-        origin, right, down = place(items(ramp(), recipe(boxes=True), 1, boxes=box, train=train)[0])
-        assert abs(right[0] * 24 - 90) < 3 and abs(down[1] * 24 - 40) < 2
-        assert np.abs(origin - (30 + 90 / 48, 20 + 40 / 48)).max() < 1
-    for origin, right, down in map(place, items(ramp(), recipe(boxes=True, crop="resized"), 40, boxes=box)):
-        assert (origin >= (29, 19)).all() and (origin + right * 23 + down * 23 <= (121, 61)).all()
+        assert shown(ramp(), 1, train, BOX, boxes=True).tolist() == [[30, 20, 120, 60]]
+    x1, y1, x2, y2 = shown(ramp(), 60, truth=BOX, boxes=True, crop="resized").T
+    assert min(x1) >= 30 and min(y1) >= 20 and max(x2) <= 120 and max(y2) <= 60
     with pytest.raises(ValueError, match="held/0.*outside"):
-        items(ramp(), recipe(boxes=True), 1, boxes=box + 120)
+        shown(ramp(), 1, truth=BOX + 120, boxes=True)
     with pytest.raises(ValueError, match="--boxes: this dataset has no object boxes"):
         data.Photos(held(GREY), recipe(boxes=True))
-    pixels, _, _, shown = data.Photos(held(ramp(), banner=20), PLAIN)[0]
-    assert shown.tolist() == [0, 0, 120, 60] and pixels[1].max() < 120  # green: rows above 60
+    pixels, _, _, box = data.Photos(held(ramp(), banner=20), PLAIN)[0]
+    assert box.tolist() == [0, 0, 120, 60] and pixels[1].max() < 120  # green: rows above 60
 
 
 def test_fmow_boxes_get_a_margin_that_grows_as_they_get_small():
@@ -331,19 +270,77 @@ def test_fmow_boxes_get_a_margin_that_grows_as_they_get_small():
         assert np.allclose((x1, y1, x2, y2), expected, atol=1e-4)  # each side by its own share
 
 
-@pytest.mark.parametrize("settings", [{}, {"resize": (40, 60)}, {"resize": (30, 40), "boxes": True}])
-def test_to_input_follows_the_pixels_and_to_photo_leads_back(settings):
-    """A red rectangle of the photo must come out where to_input says."""
-    image, boxes = np.zeros((120, 200, 3), np.uint8), np.array([[60, 20, 140, 100]], np.float32)
-    image[45:75, 85:115] = 255
-    pixels, _, _, shown = data.Photos(held(image, boxes=boxes), recipe(image_size=(20, 32), **settings))[0]
-    box = data.to_input(np.array([85, 45, 115, 75]), shown.numpy(), (20, 32))
-    for profile, low, high in zip((pixels[0].amax(0) / 255, pixels[0].amax(1) / 255), box[:2], box[2:]):
-        middle = float((profile * (torch.arange(len(profile)) + 0.5)).sum() / profile.sum())
-        assert abs(float(profile.sum()) - (high - low)) < 0.6 and abs(middle - (low + high) / 2) < 0.3
-    assert np.allclose(data.to_photo(box, shown.numpy(), (20, 32)), (85, 45, 115, 75))
+def test_to_input_carries_boxes_from_the_photo_to_the_box_shown_of_it_and_to_photo_back():
+    shown, box = np.array([10.0, 20, 50, 80]), np.array([10, 80, 30, 50.0])  # scaled by 1/2 and 1/3
+    assert data.to_input(box, shown, (20, 20)).tolist() == [0, 20, 10, 10]
     many, shown = np.random.default_rng(0).random((2, 3, 4)), np.array([[[0, 0, 2, 3]], [[1, 1, 2, 2]]])
     assert np.allclose(data.to_photo(data.to_input(many, shown, (7, 9)), shown, (7, 9)), many)
+
+
+def test_random_interpolation_draws_all_six_filters_of_pillow_in_training_only():
+    image = bird(96)
+    filters = {r: full(image, (24, 24), r).tobytes() for r in map(Image.Resampling, range(6))}
+    drawn = {item.numpy().tobytes() for item in items(image, 60, interpolation="random")}
+    assert drawn == set(filters.values()) and len(drawn) == 6
+    tested = items(image, 1, False, interpolation="random")[0].numpy().tobytes()
+    assert tested == filters[Image.Resampling.BILINEAR]
+
+
+def test_hflip_mirrors_with_its_probability_and_crop_none_trains_on_the_test_view():
+    (plain,), found = items(ramp(), 1, False, resize=(30, 30)), items(ramp(), 300, resize=(30, 30), hflip=0.3)
+    mirrored = [torch.equal(item, plain.flip(2)) for item in found]
+    assert all(m or torch.equal(item, plain) for m, item in zip(mirrored, found))
+    assert 0.2 < np.mean(mirrored) < 0.4
+
+
+def test_rotation_translation_and_zoom_stay_in_their_ranges_and_fill_them():
+    def motion(n=60, **settings):
+        """Angle (degrees), zoom and shift (shares of the side), read off the middle of a ramp -> (4, n)."""
+        found = torch.stack(items(ramp(120, 120), n, image_size=(120, 120), **settings))
+        left, at, right = found[:, :2, 60, (40, 60, 80)].numpy().T  # each (2, n): x, y
+        x, y = (right - left) / 80
+        return np.degrees(np.arctan2(y, x)), 1 / np.hypot(x, y), *(60 - at / 2) / 120
+
+    angle, zoom, *_ = motion(rotate=20.0)
+    assert -21 < angle.min() < -15 and 15 < angle.max() < 21 and np.abs(zoom - 1).max() < 0.05
+    angle, zoom, *shifts = motion(translate=0.1)
+    assert all(-0.11 < v.min() < -0.07 and 0.07 < v.max() < 0.11 for v in shifts) and np.abs(angle).max() < 1
+    zoom = motion(zoom=(1.2, 1.5))[1]
+    assert 1.15 < zoom.min() < 1.28 and 1.42 < zoom.max() < 1.55
+    assert 0.15 < (np.abs(motion(200, rotate=20.0, affine_prob=0.25)[0]) > 0.5).mean() < 0.35
+
+
+def test_brightness_contrast_saturation_and_hue_stay_in_their_ranges_and_fill_them():
+    two = np.where(np.arange(24)[:, None, None] < 12, 80, 120).repeat(24, 1).repeat(3, 2).astype(np.uint8)
+    red = np.zeros((24, 24, 3), np.uint8) + np.array([160, 100, 100], np.uint8)
+    hue = lambda i: colorsys.rgb_to_hsv(*(i[:, 0, 0] / 255).tolist())[0]
+    for image, name, most, measure in (
+        (two, "brightness", 0.3, lambda i: float(i.mean()) / 100 - 1),
+        (two, "contrast", 0.5, lambda i: float(i[0, -1, 0] - i[0, 0, 0]) / 40 - 1),
+        (red, "saturation", 0.4, lambda i: float(i[0, 0, 0] - i[1, 0, 0]) / 60 - 1),
+        (red, "hue", 0.2, lambda i: (hue(i) + 0.5) % 1 - 0.5),
+    ):
+        found = [measure(item) for item in items(image, 150, **{name: most})]
+        assert -1.08 * most < min(found) < -0.8 * most and 0.8 * most < max(found) < 1.08 * most, name
+    some = items(two, 200, brightness=0.3, jitter_prob=0.3)
+    assert 0.2 < np.mean([float(item.mean()) != 100 for item in some]) < 0.4
+    assert min(float(item.mean()) for item in items(two, brightness=5.0)) == 0  # no factor below zero
+
+
+def test_erasing_fills_a_rectangle_of_normalised_images_with_unclipped_noise_of_unit_variance():
+    values, sides = [], []
+    for image in data.erase(torch.full((600, 3, 40, 40), 9.0), recipe(erasing=0.5)):
+        erased = image != 9
+        if erased.any():
+            h, w = (int(erased[0].any(k).sum()) for k in (1, 0))
+            assert erased.sum() == 3 * h * w
+            values.append(image[erased])
+            sides.append((h, w))
+    noise, (h, w) = torch.cat(values), np.array(sides).T
+    area = h * w / 1600
+    assert 0.43 < len(h) / 600 < 0.57 and 0.01 < area.min() < 0.03 and 0.31 < area.max() < 0.35
+    assert 0.25 < (h / w).min() < 0.4 and 2.5 < (h / w).max() < 4
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02 and noise.abs().max() > 3.5
 
 
 def test_a_training_item_is_a_function_of_seed_epoch_and_index_whatever_the_workers():
