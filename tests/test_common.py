@@ -1,11 +1,11 @@
 """What the method files share: options, learning rate, weights, pictures, ViT, rollout."""
-
 import argparse
 import dataclasses
 import hashlib
 import io
 import math
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -48,21 +48,23 @@ def test_a_field_is_a_typed_flag_and_one_value_stands_for_a_pair():
     assert "a share, 50 % at first [0.5]" in parser.format_help() and "two sides" not in parser.format_help()
 
 
-@pytest.mark.parametrize("changes, said",
-    [({"rate": 1.5}, "--rate 1.5: allowed are numbers from 0 to 1"), ({"rate": math.nan}, "--rate nan"),
+@pytest.mark.parametrize("changes, said", [
+    ({"rate": 1.5}, "--rate 1.5: allowed are numbers from 0 to 1"), ({"rate": math.nan}, "--rate nan"),
     ({"rate": -math.inf}, "--rate -inf"), ({"sizes": (4, 1)}, "--sizes 1: allowed are numbers from 2"),
-    ({"marks": (0.1, math.inf)}, "--marks inf"), ({"kind": "c"}, "--kind c: allowed are a, b")])
+    ({"marks": (0.1, math.inf)}, "--marks inf"), ({"kind": "c"}, "--kind c: allowed are a, b"),
+])
 def test_a_value_out_of_its_declared_range_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         Small(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"crop_area": (0.5, 0.1)}, {"crop_ratio": (2, 1)}, {"zoom": (1.2, 0.8)},
-    {"batch_size": 30, "instances": 4}, {"batch_size": 2, "accumulate": 3}, {"task": "reid"},
-    {"momentum": 1.1}, {"image_size": (0, 8)}])
-def test_a_recipe_that_no_run_can_have_is_refused(changes):
-    with pytest.raises(ValueError):
-        common.Recipe(**changes)
+def test_a_recipe_that_no_run_can_have_is_refused():
+    for changes in (
+        {"crop_area": (0.5, 0.1)}, {"crop_ratio": (2, 1)}, {"zoom": (1.2, 0.8)}, {"task": "reid"},
+        {"batch_size": 30, "instances": 4}, {"batch_size": 2, "accumulate": 3}, {"momentum": 1.1},
+    ):
+        with pytest.raises(ValueError):
+            common.Recipe(**changes)
 
 
 def test_a_rows_reserved_keys_are_no_overrides_and_by_dataset_deals_the_values():
@@ -92,50 +94,38 @@ def test_build_wants_a_recipe_of_its_file_and_two_classes_and_models_want_normal
 # ------------------------------------------------------------------------------------------ learning rate
 
 
-def test_lr_at_follows_schedule_warmup_batch_scaling_and_phases():
-    r = common.Recipe(lr=1.0, lr_batch=64, batch_size=32, warmup=2, warmup_lr=0.1, epochs=10, min_lr=0.05)
-    lr = [common.lr_at(r, step, 100, 10) for step in range(100)]
-    # 1.0 * 32 / 64 at the peak
-    assert lr[0] == 0.1 and lr[10] == pytest.approx(0.3) and lr[20] == pytest.approx(0.5)
-    assert lr[60] == pytest.approx((0.5 + 0.05) / 2) and lr[99] == pytest.approx(0.05, abs=1e-3)
-    assert common.lr_at(r, 60, 100, 10, {"lr_scale": 0.1}) == pytest.approx(lr[60] / 10)
-    # warm-up in steps
-    assert common.lr_at(dataclasses.replace(r, iterations=100), 1, 100, 10) == pytest.approx(0.3)
-    one = common.Recipe(lr=1.0, schedule="onecycle")
-    assert [common.lr_at(one, s, 100) for s in (0, 25, 50)] == pytest.approx([1 / 25, 0.52, 1])
-    assert common.lr_at(one, 75, 100) == pytest.approx(0.500005)
-    steps = common.Recipe(lr=1.0, schedule="steps", milestones=(0.5, 0.75))
-    assert [common.lr_at(steps, s, 100) for s in (49, 50, 74, 75)] == pytest.approx([1, 0.1, 0.1, 0.01])
-    assert common.lr_at(common.Recipe(lr=0.3, schedule="constant"), 99, 100) == 0.3
-    phases = {"phases": [(5, 1.0), (3, 0.0), (2, 0.5)]}
-    cosine = common.Recipe(lr=9.0)
-    assert [common.lr_at(cosine, s, 100, 1, phases) for s in (0, 25, 50, 79)] == pytest.approx([1, 0.5, 0, 0])
-    assert [common.lr_at(cosine, s, 100, 1, phases) for s in (80, 90)] == pytest.approx([0.5, 0.25])
+PEAK = dict(lr=1.0, lr_batch=64, batch_size=32)  # 1.0 * 32 / 64
+WARM = PEAK | dict(warmup=2, warmup_lr=0.1, epochs=10, min_lr=0.05)
+
+
+@pytest.mark.parametrize("settings, group, expected", [  # of 100 steps, 10 an epoch
+    (WARM, {}, {0: 0.1, 10: 0.3, 20: 0.5, 60: (0.5 + 0.05) / 2, 99: 0.0501735}),
+    (WARM, {"lr_scale": 0.1}, {60: 0.0275}), (WARM | {"iterations": 100}, {}, {1: 0.3}),  # warm-up in steps
+    (dict(lr=1.0, schedule="onecycle"), {}, {0: 1 / 25, 25: 0.52, 50: 1, 75: 0.500005}),
+    (dict(lr=1.0, schedule="steps", milestones=(0.5, 0.75)), {}, {49: 1, 50: 0.1, 74: 0.1, 75: 0.01}),
+    (dict(lr=0.3, schedule="constant"), {}, {99: 0.3}),
+    ({}, {"phases": [(5, 1.0), (3, 0.0), (2, 0.5)]}, {0: 1, 25: 0.5, 50: 0, 79: 0, 80: 0.5, 90: 0.25}),
+])
+def test_lr_at_follows_schedule_warmup_batch_scaling_and_phases(settings, group, expected):
+    found = {step: common.lr_at(common.Recipe(**settings), step, 100, 10, group) for step in expected}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ weights
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all_and_only_when_it_is_finite(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    state = {"step": 3, "model": {"w": torch.arange(4.0)},
-        "optimizer": {"state": {0: {"m": torch.ones(2)}}, "groups": [(1, "x")]}}
-    common.save_checkpoint(path, state)
-    held = common.load_checkpoint(path)
-    assert held["step"] == 3 and held["optimizer"]["groups"] == [(1, "x")]
-    assert torch.equal(held["model"]["w"], torch.arange(4.0))
-    for bad in ({"model": {"running_var": torch.tensor([1.0, math.inf])}},
-        {"optimizer": {0: [torch.tensor(math.nan)]}}):
+    optimizer, weights = {"state": {0: {"m": torch.ones(2)}}, "groups": [(1, "x")]}, torch.arange(4.0)
+    common.save_checkpoint(tmp_path / "last.pt", {"step": 3, "model": {"w": weights}, "optimizer": optimizer})
+    for bad in {"running_var": torch.tensor([1.0, math.inf])}, {0: [torch.tensor(math.nan)]}:
         with pytest.raises(FloatingPointError, match="not finite"):
-            common.save_checkpoint(path, bad)
-
-    def full(*args):
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(torch, "save", full)
+            common.save_checkpoint(tmp_path / "last.pt", {"model": bad})
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64 vs 0")))
     with pytest.raises(OSError, match="could not save .*last.pt"):
-        common.save_checkpoint(path, state)
-    assert common.load_checkpoint(tmp_path)["step"] == 3, "the old file stays, read by its run folder"
+        common.save_checkpoint(tmp_path / "last.pt", {"step": 4})
+    held = common.load_checkpoint(tmp_path)  # the old file stays, read by its run folder
+    assert held["step"] == 3 and held["optimizer"]["groups"] == [(1, "x")]
+    assert torch.equal(held["model"]["w"], weights)
 
 
 class Evil:
@@ -143,49 +133,35 @@ class Evil:
         return print, ("code was run",)
 
 
-def hostile(kind, path):
-    """Write a damaged or hostile file of a kind."""
-    weights = {"w": torch.arange(6.0)}
-    bad = {"expanded": {"w": torch.zeros(1).expand(2**15, 2**15)}, "sparse": {"w": torch.eye(4).to_sparse()},
-        "meta": {"w": torch.zeros(4, device="meta")},
-        "conjugate": {"w": torch.zeros(4, dtype=torch.cfloat).conj()}, "code": Evil()}
-    if kind in bad:
-        torch.save(bad[kind], path)
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("<html>not found</html>")
-    else:
-        torch.save(weights, path)
-        raw = bytearray(path.read_bytes())
-        at = raw.find(np.arange(6, dtype=np.float32).tobytes()) + 5
-        raw[at] ^= 1
-        path.write_bytes(raw[: len(raw) // 2] if kind == "cut" else raw)
+BAD = {  # what is saved, or the bytes of a file
+    "expanded": {"w": torch.zeros(1).expand(2**15, 2**15)}, "sparse": {"w": torch.eye(4).to_sparse()},
+    "meta": {"w": torch.zeros(4, device="meta")}, "code": Evil(),
+    "conjugate": {"w": torch.zeros(4, dtype=torch.cfloat).conj()}, "tensor": torch.ones(2),
+    "empty": b"", "text": b"<html>not found</html>",
+}
 
 
-@pytest.mark.parametrize("kind", ["expanded", "sparse", "meta", "conjugate", "code", "empty", "text", "cut",
-    "flipped"])
+@pytest.mark.parametrize("kind", [*BAD, "cut", "flipped", "bomb", "words"])
 def test_a_damaged_or_hostile_file_is_one_error_that_names_it_and_runs_nothing(tmp_path, kind, capsys):
-    path = tmp_path / f"{kind}.pt"
-    hostile(kind, path)
-    with pytest.raises(ValueError, match=f"{kind}.pt is damaged, or no file of tensors"):
+    path, weights = tmp_path / "bad.pt", np.arange(6, dtype=np.float32)
+    torch.save(BAD.get(kind, {"w": torch.from_numpy(weights)}), path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(weights.tobytes()) + 5] ^= kind == "flipped"
+    raw = raw[: len(raw) // 2] if kind == "cut" else raw
+    path.write_bytes(BAD[kind] if isinstance(BAD.get(kind), bytes) else raw)
+    if kind in ("bomb", "words"):
+        path = tmp_path / "bad.npz"
+        np.savez_compressed(path, w=np.zeros(2**25, np.float32) if kind == "bomb" else np.array(["text"]))
+    with pytest.raises(ValueError, match=f"{path} is damaged, or no file of tensors"):
         common.read_state(path)
     assert capsys.readouterr().out == ""
 
 
-def test_archives_that_unpack_to_far_more_and_files_without_a_state_dict_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        buffer = io.BytesIO()
-        np.save(buffer, np.zeros(2**25, np.float32))
-        archive.writestr("w.npy", buffer.getvalue())
-    np.savez(tmp_path / "words.npz", w=np.array(["text"]))
-    for name in ("bomb.npz", "words.npz"):
-        with pytest.raises(ValueError, match=f"{name} is damaged"):
-            common.read_state(tmp_path / name)
-    for number, held in enumerate(([torch.ones(2)], {3: torch.ones(2)}, {"a": 1.0}, torch.ones(2))):
-        torch.save(held, tmp_path / f"{number}.pt")
-        with pytest.raises(ValueError, match=f"{number}.pt(: holds no state_dict| is damaged)"):
-            common.read_state(tmp_path / f"{number}.pt")
+def test_a_file_without_a_state_dict_or_none_at_all_is_refused(tmp_path):
+    for held in [torch.ones(2)], {3: torch.ones(2)}, {"a": 1.0}:
+        torch.save(held, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="last.pt: holds no state_dict"):
+            common.read_state(tmp_path / "last.pt")
     with pytest.raises(FileNotFoundError, match="nowhere.pt: no such file"):
         common.read_state(tmp_path / "nowhere.pt")
 
@@ -193,8 +169,8 @@ def test_archives_that_unpack_to_far_more_and_files_without_a_state_dict_are_ref
 def test_heads_may_differ_and_nothing_else(tmp_path):
     model = nn.ModuleDict({"body": nn.Linear(3, 2), "head": nn.Linear(2, 5)})
     state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
-    common.load_state(model, state | {"head.weight": torch.zeros(9, 2), "head.extra": torch.zeros(1)},
-        ("head.",))
+    others = {"head.weight": torch.zeros(9, 2), "head.extra": torch.zeros(1)}
+    common.load_state(model, state | others, ("head.",))
     assert torch.equal(model["body"].weight, state["body.weight"])
     assert torch.equal(model["head"].bias, state["head.bias"])
     lacking = {k: v for k, v in state.items() if k != "body.weight"}
@@ -224,9 +200,8 @@ def test_fetch_downloads_once_checks_the_hash_and_says_where_to_put_a_file_by_ha
 @pytest.mark.parametrize("how", ["imagenet", "half"])
 def test_normalize_is_torchvisions_and_to_pil_its_inverse(how):
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
-    mean, std = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        "half": ((0.5,) * 3, (0.5,) * 3)}[how]
-    expected = torchvision.transforms.functional.normalize(images / 255, mean, std)
+    known = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3)}
+    expected = torchvision.transforms.functional.normalize(images / 255, *known[how])
     torch.testing.assert_close(common.normalize(images, how), expected, rtol=0, atol=1e-5)
     assert np.array_equal(np.asarray(common.to_pil(expected[1], how)), images[1].permute(1, 2, 0).numpy())
 
@@ -235,8 +210,8 @@ def test_cells_are_numbered_row_by_row_and_take_picks_rows():
     boxes = common.cells_to_boxes(torch.tensor([[0, 5], [7, 2]]), (2, 4), (20, 80))
     assert boxes.tolist() == [[[0, 0, 20, 10], [20, 10, 40, 20]], [[60, 10, 80, 20], [40, 0, 60, 10]]]
     values = torch.randn(2, 5, 3)
-    assert torch.equal(common.take(values, torch.tensor([[4, 0], [2, 2]])),
-        torch.stack([values[0, [4, 0]], values[1, [2, 2]]]))
+    picked = common.take(values, torch.tensor([[4, 0], [2, 2]]))
+    assert torch.equal(picked, torch.stack([values[0, [4, 0]], values[1, [2, 2]]]))
 
 
 def test_labels_of_boxes_never_cover_each_other_and_stay_in_the_picture(monkeypatch):
@@ -250,23 +225,15 @@ def test_labels_of_boxes_never_cover_each_other_and_stay_in_the_picture(monkeypa
     assert page.getpixel((9, 9)) == page.getpixel((60, 60)) == (0, 0, 0), "half-open"
 
 
-def test_a_text_is_drawn_in_letters_that_a_font_has_and_cut_to_its_width():
-    drawn = []
-
-    class Draw:
-        def __init__(self):
-            self.inner = ImageDraw.Draw(Image.new("RGB", (400, 40)))
-            self.textlength = self.inner.textlength
-
-        def text(self, at, text, font, **how):
-            lacking = bytes(font.getmask("\uffff"))
-            drawn.append((text, any(bytes(font.getmask(c)) == lacking for c in text)))
-
+def test_a_text_is_drawn_in_letters_that_a_font_has_and_cut_to_its_width(monkeypatch):
+    drawn, draw = [], ImageDraw.Draw(Image.new("RGB", (400, 40)))
+    monkeypatch.setattr(draw, "text", lambda at, text, font, **how: drawn.append((text, font)))
     for text in ("Grünfink", "黄喉鹀 Emberiza", "plain", ""):
-        common.write(Draw(), (0, 0), text)
-    assert not any(boxes for _, boxes in drawn)
+        common.write(draw, (0, 0), text)
+    for text, font in drawn:
+        assert bytes(font.getmask("\uffff")) not in [bytes(font.getmask(letter)) for letter in text]
     assert drawn[0][0] in ("Grünfink", "Gr?nfink") and "Emberiza" in drawn[1][0]
-    common.write(Draw(), (0, 0), "a very long name of a bird", width=60)
+    common.write(draw, (0, 0), "a very long name of a bird", width=60)
     assert drawn[-1][0].endswith("...") and len(drawn[-1][0]) < 20
 
 
@@ -278,9 +245,7 @@ def test_pages_are_put_together_without_loss_and_a_chart_draws_every_series(monk
     assert page.size == (150 + 4 + 150, 122)
     assert page.getpixel((75, 80)) == (255, 0, 0) and page.getpixel((230, 80)) == (0, 0, 255)
     assert common.headed(red, "title").size == (30, 42)
-    def plot(**series):
-        return np.asarray(common.plot("loss", "epoch", "nats", series, (460, 320)))
-
+    plot = lambda **series: np.asarray(common.plot("loss", "epoch", "nats", series, (460, 320)))
     first, second = (ImageColor.getrgb(f"hsl({hue}, 90%, 35%)") for hue in (0, 137))
     chart = plot(a=[(1, 3.0), (2, 1.0)], b=[(1, math.nan), (2, 2.0)], none=[])
     assert (chart == first).all(-1).any() and (chart == second).all(-1).any()
@@ -307,34 +272,28 @@ def small_vit(**changes):
 
 def as_google(model):
     """The arrays of a Google .npz with the weights of a VisionTransformer, by hand."""
-    C, names = model.cls_token.shape[-1], ("query", "key", "value")
-    out = {"cls": model.cls_token, "Transformer/posembed_input/pos_embedding": model.pos_embed}
-    out |= {"embedding/kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0),
-        "embedding/bias": model.patch_embed.proj.bias}
-    out |= {"Transformer/encoder_norm/scale": model.norm.weight,
-        "Transformer/encoder_norm/bias": model.norm.bias}
+    C, proj, zero = model.cls_token.shape[-1], model.patch_embed.proj, torch.zeros
+    out = {"cls": model.cls_token, "Transformer/posembed_input/pos_embedding": model.pos_embed,
+           "embedding/kernel": proj.weight.permute(2, 3, 1, 0), "embedding/bias": proj.bias,
+           "Transformer/encoder_norm/scale": model.norm.weight,
+           "Transformer/encoder_norm/bias": model.norm.bias, "head/kernel": zero(C, 21843),
+           "pre_logits/kernel": zero(C, C), "pre_logits/bias": zero(C)}
     for i, block in enumerate(model.blocks):
         at, h = f"Transformer/encoderblock_{i}/", block.attn.heads
         for name, norm in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
             out |= {f"{at}{name}/scale": norm.weight, f"{at}{name}/bias": norm.bias}
-        at += "MultiHeadDotProductAttention_1/"
-        for name, weight, bias in zip(names, block.attn.qkv.weight.split(C), block.attn.qkv.bias.split(C)):
-            out |= {f"{at}{name}/kernel": weight.T.reshape(C, h, C // h),
-                f"{at}{name}/bias": bias.reshape(h, C // h)}
-        out |= {f"{at}out/kernel": block.attn.proj.weight.T.reshape(h, C // h, C),
-            f"{at}out/bias": block.attn.proj.bias}
         for name, layer in (("Dense_0", block.mlp.fc1), ("Dense_1", block.mlp.fc2)):
-            at = f"Transformer/encoderblock_{i}/MlpBlock_3/{name}/"
-            out |= {f"{at}kernel": layer.weight.T, f"{at}bias": layer.bias}
-    out |= {"head/kernel": torch.zeros(C, 21843), "pre_logits/kernel": torch.zeros(C, C),
-        "pre_logits/bias": torch.zeros(C)}
+            name = f"{at}MlpBlock_3/{name}"
+            out |= {f"{name}/kernel": layer.weight.T, f"{name}/bias": layer.bias}
+        at, qkv, merge = at + "MultiHeadDotProductAttention_1/", block.attn.qkv, block.attn.proj
+        for name, weight, bias in zip(("query", "key", "value"), qkv.weight.split(C), qkv.bias.split(C)):
+            out |= {f"{at}{name}/kernel": weight.T.reshape(C, h, -1), f"{at}{name}/bias": bias.reshape(h, -1)}
+        out |= {f"{at}out/kernel": merge.weight.T.reshape(h, -1, C), f"{at}out/bias": merge.bias}
     return {name: value.detach().contiguous().numpy() for name, value in out.items()}
 
 
 def test_the_vit_equals_torchvisions_with_the_same_weights(tmp_path):
-    size = dict(image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=128,
-        num_classes=5)
-    theirs = torchvision.models.VisionTransformer(**size).eval()
+    theirs = torchvision.models.VisionTransformer(32, 8, 3, 4, 32, 128, num_classes=5).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.2)
     torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
@@ -372,8 +331,8 @@ def test_a_distilled_deit_loses_its_second_token_and_a_run_of_ours_gives_its_vit
     state, pos = source.state_dict(), source.pos_embed.detach()
     second = {"pos_embed": torch.cat([pos[:, :1], torch.randn(1, 1, 32), pos[:, 1:]], 1),
         "dist_token": torch.randn(1, 1, 32)}
-    torch.save({"model": state | second | {"head_dist.weight": torch.zeros(5, 32)}},
-        tmp_path / "distilled.pth")
+    second["head_dist.weight"] = torch.zeros(5, 32)
+    torch.save({"model": state | second}, tmp_path / "distilled.pth")
     ours = {f"vit.{k}": v for k, v in state.items()} | {"log_vars": torch.zeros(3)}
     common.save_checkpoint(tmp_path / "last.pt", {"model": ours, "recipe": {"image_size": [32, 32]}})
     for file in ("distilled.pth", ""):
@@ -394,20 +353,13 @@ def test_a_backbone_without_official_weights_or_with_a_norm_of_its_own(tmp_path)
 
 def test_official_files_are_fetched_and_checked_where_the_name_holds_a_hash(monkeypatch, tmp_path):
     asked = []
-
-    def fetch(url, sha256=""):
-        asked.append((url.rsplit("/", 1)[-1], sha256))
-        return tmp_path / "none.pth"
-
-    monkeypatch.setattr(common, "fetch", fetch)
+    monkeypatch.setattr(common, "fetch", lambda *how: (asked.append(how), tmp_path / "none.pth")[1])
     for name in ("deit_tiny", "deit_small", "deit_base", "vit_base"):
-        with torch.device("meta"):
-            model = common.vit(name, 64)
-        with pytest.raises(FileNotFoundError):
-            common.load_vit(model, "default")
-    assert asked == [("deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
-        ("deit_small_patch16_224-cd65a155.pth", "cd65a155"),
-        ("deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"), ("ViT-B_16.npz", "")]
+        with torch.device("meta"), pytest.raises(FileNotFoundError):
+            common.load_vit(common.vit(name, 64), "default")
+    stamps = {"tiny": "a1311bcf", "small": "cd65a155", "base": "b5f2ef4d"}
+    deit = [(f"{common.DEIT}deit_{size}_patch16_224-{stamp}.pth", stamp) for size, stamp in stamps.items()]
+    assert asked == [*deit, (f"{common.JAX}ViT-B_16.npz",)]
 
 
 def test_position_embeddings_of_equal_grid_stay_and_others_keep_the_class_row_and_the_order_of_rows():
@@ -421,8 +373,8 @@ def test_position_embeddings_of_equal_grid_stay_and_others_keep_the_class_row_an
         assert out.shape == (1, 129, 2) and out[0, 0].tolist() == [9.0, 9.0]
         grid = out[0, 1:].reshape(16, 8, 2)  # row-major: 16 rows of 8
         assert (grid[..., 0].diff(dim=0)[2:-2] > 0).all() and (grid[..., 1].diff(dim=1)[:, 1:-1] > 0).all()
-        torch.testing.assert_close(grid[0, 2:-2, 1], (torch.arange(8.0)[2:-2] + 0.5) / 2 - 0.5, rtol=0,
-            atol=0.1)
+        columns = (torch.arange(8.0)[2:-2] + 0.5) / 2 - 0.5
+        torch.testing.assert_close(grid[0, 2:-2, 1], columns, rtol=0, atol=0.1)
 
 
 def test_position_embeddings_of_another_grid_of_the_same_number_are_resized_not_scrambled(tmp_path):
@@ -434,8 +386,8 @@ def test_position_embeddings_of_another_grid_of_the_same_number_are_resized_not_
         common.resize_pos_embed(pos[:, :64], (7, 9), "bilinear")
     # 4 x 16 and 8 x 8 patches
     source, model = small_vit(image_size=(32, 128)), small_vit(image_size=(64, 64))
-    common.save_checkpoint(tmp_path / "last.pt", {"model": source.state_dict(),
-        "recipe": {"image_size": [32, 128]}})
+    state = {"model": source.state_dict(), "recipe": {"image_size": [32, 128]}}
+    common.save_checkpoint(tmp_path / "last.pt", state)
     common.load_vit(model, tmp_path)
     assert torch.equal(model.pos_embed, common.resize_pos_embed(source.pos_embed, (8, 8), "bicubic", (4, 16)))
 
@@ -462,9 +414,10 @@ def test_patches_are_numbered_row_by_row_on_images_that_are_not_square():
         small_vit(image_size=(100, 64))
 
 
-@pytest.mark.parametrize("name, pixels, parameters", [("deit_tiny", 224, 5_524_416),
-    ("deit_tiny", 448, 5_637_312), ("deit_small", 448, 21_891_456), ("vit_base", 224, 85_798_656),
-    ("vit_base", 448, 86_250_240)])
+@pytest.mark.parametrize("name, pixels, parameters", [
+    ("deit_tiny", 224, 5_524_416), ("deit_tiny", 448, 5_637_312), ("deit_small", 448, 21_891_456),
+    ("vit_base", 224, 85_798_656), ("vit_base", 448, 86_250_240),
+])
 def test_vit_parameter_counts_epsilons_and_initialisation(name, pixels, parameters):
     with torch.device("meta"):
         model = common.vit(name, (pixels, pixels))
@@ -511,8 +464,8 @@ def test_eq2_rollout_is_the_product_of_the_layers_with_their_residuals_deepest_o
     second = torch.tensor([[0.6, 0.1, 0.3], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
     torch.testing.assert_close(common.rollout([first, second])[0], torch.tensor([0.5125, 0.2750, 0.2125]))
     e = torch.eye(3)
-    torch.testing.assert_close(common.rollout([first, second]),
-        (0.5 * second + 0.5 * e) @ (0.5 * first + 0.5 * e))
+    whole = (0.5 * second + 0.5 * e) @ (0.5 * first + 0.5 * e)
+    torch.testing.assert_close(common.rollout([first, second]), whole)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "max", "min"])
