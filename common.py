@@ -89,7 +89,7 @@ def tuple_of(kind, *rest):
 on_input, on_training = functools.partial(opt, group="input"), functools.partial(opt, group="training")
 chance, share = functools.partial(on_input, most=1), functools.partial(on_training, most=1)
 FILTERS = ("nearest", "bilinear", "bicubic", "random")
-PRESETS = ("birds", "birds-easy", "birds-small", "birds-pretrain")
+PRESETS = ("birds", "birds-easy", "birds-pretrain")
 
 
 @dataclass(frozen=True)

@@ -973,50 +973,49 @@ def download(name, root):
 # A bird is some 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move
 # a little against each other, then all is turned, mirrored, scaled and placed. Six parts have four values
 # each. The values of the signature parts are the class; those of the other two are drawn at random: as easy
-# to see, and worth nothing. Colours, pose, background and light say nothing about the class. Values, plumage,
-# scene and light have a random stream each, so a swapped part changes no other pixel.
+# to see, and worth nothing. The marks of wing and breast cover about the same area, whatever their value, so
+# that a small copy does not tell them apart. Colours, pose, background and light say nothing about the class.
+# Values, plumage, scene and light have a random stream each, so a swapped part changes no other pixel.
 #
-# Polygons are written "x y x y ...; ..."; a+bj stands for a + b * the preset's part scale, and "on x y rx ry
-# angle" is an ellipse of n points.
+# A polygon is written "x y x y ...", an ellipse "o x y rx ry angle".
 
 PARTS = {  # part: what it moves with; its four values, and the place where it is or would be
     "beak": ("head", """
-        cone      .09 -.045j .12+.075j .012 .09 .055j
-        dagger    .09 -.03j .12+.17j .012 .09 .045j
-        hooked    .09 -.045j .12+.07j -.03j .12+.105j .015j .12+.095j .085j .12+.06j .03j .09 .045j
-        upcurved  .09 -.03j .12+.06j -.005j .12+.15j -.06j .12+.165j -.04j .12+.08j .035j .09 .05j
-        place     .1 -.065j .12+.18j -.065j .12+.18j .1j .1 .1j"""),
+        cone      .09 -.05 .203 .012 .09 .061
+        dagger    .09 -.033 .307 .012 .09 .05
+        hooked    .09 -.05 .197 -.033 .235 .017 .225 .094 .186 .033 .09 .05
+        upcurved  .09 -.033 .186 -.006 .285 -.066 .301 -.044 .208 .039 .09 .055
+        place     .1 -.072 .318 -.072 .318 .11 .1 .11"""),
     "eye": ("head", """
         plain
-        ring      o24 .045 -.03 .05j .05j 0
-        stripe    -.085 -.035-.012j .115 -.025-.012j .115 -.02+.012j -.09 -.02+.014j
-        brow      -.055 -.055-.01j .03 -.085-.014j .095 -.062-.006j .09 -.05 .03 -.066 -.045 -.04
-        place     o24 .012 -.035 .108 .015+.05j 0"""),
+        ring      o .045 -.03 .065 .065 0
+        stripe    -.085 -.051 .115 -.041 .115 -.004 -.09 -.002
+        brow      -.055 -.068 .03 -.103 .095 -.07 .09 -.05 .03 -.066 -.045 -.04
+        place     o .012 -.035 .108 .08 0"""),
     "crest": ("head", """
         none
-        spike     .03 -.11 -.04 -.12-.12j -.075 -.08
-        feathers  -.088 -.095 -.07-.0608951748j -.1-.1125558878j -.052 -.1;
-                  -.043 -.095 -.025-.0167597090j -.1-.1241010795j -.007 -.1;
-                  .002 -.095 .02+.0278137063j -.1-.1225083222j .038 -.1
-        cap       o10 -.02 -.105 .075j .05j -.15
-        place     -.135j -.12-.13j .06j -.12-.13j .06j -.08 -.135j -.08"""),
+        spike     .03 -.11 -.04 -.252 -.075 -.08
+        feathers  -.088 -.095 -.137 -.224 -.052 -.1;
+                  -.043 -.095 -.043 -.237 -.007 -.1;
+                  .002 -.095 .051 -.235 .038 -.1
+        cap       o -.02 -.105 .083 .055 -.15
+        place     -.149 -.263 .066 -.263 .066 -.08 -.149 -.08"""),
     "wing": ("body", """
-        plain
-        bar       -.06 -.09 -.06+.03j -.095 -.08+.03j .058 -.08 .055
-        bars      -.015 -.09 -.015+.03j -.095 -.035+.03j .058 -.035 .055;
-                  -.105 -.09 -.105+.03j -.095 -.125+.03j .058 -.125 .055
-        patch     o10 -.065 -.02 .045j .04j 0
-        place     o24 -.08 -.03 .15 .1 .25"""),
+        bar       -.059 -.095 .008 -.101 -.017 .09 -.084 .086
+        bars      -.009 -.095 .034 -.101 .009 .08 -.034 .074; -.115 -.095 -.072 -.101 -.098 .08 -.14 .074
+        patch     o -.052 -.007 .069 .062 0
+        dots      o -.009 -.051 .034 .034 0; o -.103 -.051 .034 .034 0;
+                  o -.021 .049 .034 .034 0; o -.115 .049 .034 .034 0
+        place     o -.08 -.03 .15 .1 .25"""),
     "breast": ("body", """
-        plain
-        spots     o10 .12 .02 .017j .017j 0; o10 .17 -.01 .017j .017j 0; o10 .15 .075 .017j .017j 0;
-                  o10 .205 .045 .017j .017j 0; o10 .1 .11 .017j .017j 0; o10 .19 .11 .017j .017j 0
-        streaks   .1-.008j .05 .1+.008j .05 .1+.006j .05+.1j .1-.006j .05+.1j;
-                  .14-.008j .03 .14+.008j .03 .14+.006j .03+.1j .14-.006j .03+.1j;
-                  .18-.008j .015 .18+.008j .015 .18+.006j .015+.1j .18-.006j .015+.1j;
-                  .22-.008j 0 .22+.008j 0 .22+.006j .1j .22-.006j .1j
-        band      .06 .075 .245 -.03 .255 -.03+.032j .07 .075+.035j
-        place     o24 .16 .06 .105 .13 -.3"""),
+        spots     o .112 .012 .029 .029 0; o .172 -.024 .029 .029 0; o .148 .078 .029 .029 0;
+                  o .214 .042 .029 .029 0; o .088 .12 .029 .029 0; o .196 .12 .029 .029 0
+        streaks   .074 .048 .102 .048 .102 .192 .074 .192; .124 .012 .153 .012 .153 .156 .124 .156;
+                  .174 -.012 .203 -.012 .203 .132 .174 .132; .225 -.036 .254 -.036 .254 .108 .225 .108
+        band      .04 .078 .262 -.048 .274 .018 .052 .15
+        bars      .064 -.024 .256 -.024 .256 .004 .064 .004; .064 .042 .256 .042 .256 .07 .064 .07;
+                  .064 .108 .244 .108 .244 .136 .064 .136
+        place     o .16 .06 .105 .13 -.3"""),
     "tail": ("tail", """
         square    -.1 -.062 0 -.055 0 .055 -.1 .062 -.33 .07 -.33 -.07
         forked    -.1 -.062 0 -.055 0 .055 -.1 .062 -.36 .1 -.22 0 -.36 -.1
@@ -1029,34 +1028,31 @@ SIGNATURE = ("beak", "eye", "wing", "breast")
 FIXED = {  # what every bird has, likewise
     "left leg": ("body", "-.02 .17 -.002 .17 .01 .33 .05 .335 .05 .35 -.04 .35 -.008 .33"),
     "right leg": ("body", ".06 .17 .078 .17 .09 .33 .13 .335 .13 .35 .04 .35 .072 .33"),
-    "room": ("body", "0 .17 .018 .17 .03 .33 .07 .335 .07 .35 -.02 .35 .012 .33"),  # kept free, not drawn
-    "body": ("body", "o24 0 0 .29 .185 -.12"),
-    "belly": ("body", "o24 .1 .075 .17 .1 -.35"),
-    "head": ("head", "o24 0 0 .125 .12 0"),
+    "body": ("body", "o 0 0 .29 .185 -.12"),
+    "belly": ("body", "o .1 .075 .17 .1 -.35"),
+    "head": ("head", "o 0 0 .125 .12 0"),
     "back": ("body", ".1 -.06 .05 -.115 -.05 -.125 -.16 -.085 -.34 .03 -.24 .06 -.12 .085 0 .07 .075 .02"),
-    "pupil": ("head", "o10 .045 -.03 .024 .024 0"),
-    "glint": ("head", "o10 .053 -.038 .0084 .0084 0"),
+    "pupil": ("head", "o .045 -.03 .024 .024 0"),
+    "glint": ("head", "o .053 -.038 .0084 .0084 0"),
 }
 PAINTED = "tail,left leg,right leg,body,neck,belly,beak,crest,head,breast,back,wing,eye,pupil,glint"
 BLOBS = (  # dot, bar, ring around an eye, triangle
-    "o10 0 0 .018 .018 0", "-.01 -.06 .02 -.06 .02 .06 -.01 .06",
-    "o10 0 0 .05 .05 0; o10 0 0 .024 .024 0", "0 -.04 .14 0 0 .04",
+    "o 0 0 .018 .018 0", "-.01 -.06 .02 -.06 .02 .06 -.01 .06",
+    "o 0 0 .05 .05 0; o 0 0 .024 .024 0", "0 -.04 .14 0 0 .04",
 )
+LENGTH = 0.44, 0.68  # of a bird, as a share of the side
 LUMA = np.array([0.299, 0.587, 0.114])
 FLOOR = 45  # least difference in luma (0 .. 255) of a mark and the plumage under it
 
-# Size of marks, beak and crest; leaves and branches; things that look like pieces of parts; the bird's length
-# as a share of the side; images a class for training and testing; seed of every bird; and of each class the
-# values of its signature parts: two classes differ in at least one (birds) or two of them, each class has
-# relatives that differ in no more, and each value comes equally often.
-Preset = namedtuple("Preset", "part_scale clutter blobs length train test seed codes")
-BOOK = "0302 2230 3011 1123 0202 3311 1120 2033 1122 2030 3211 0303 3111 0300 2032 1223"
-EASY = Preset(1.3, 4, 3, (0.72, 0.95), 150, 60, 0, "0302 2230 3011 1123 0122 3231 2300 1013".split())
+# Images a class for training and testing; seed of every bird; and of each class the values of its signature
+# parts: a code of 16 words in which any two differ in at least three of the four parts and each value comes
+# equally often. The species of birds-pretrain are not those of birds-easy.
+Preset = namedtuple("Preset", "train test seed codes")
+SPECIES = "0000 1232 2313 3121 0112 1320 2201 3033 0223 1011 2130 3302 0331 1103 2022 3210".split()
 PRESETS = {
-    "birds": Preset(1.0, 8, 6, (0.72, 0.95), 15, 30, 0, BOOK.split()),
-    "birds-easy": EASY,
-    "birds-small": EASY._replace(length=(0.45, 0.70)),
-    "birds-pretrain": EASY._replace(seed=5, codes="0300 1011 3132 2223 1000 2232 0311 3123".split()),
+    "birds": Preset(15, 30, 2, SPECIES),
+    "birds-easy": Preset(400, 60, 1, SPECIES[:8]),
+    "birds-pretrain": Preset(400, 60, 5, SPECIES[8:]),
 }
 
 
@@ -1066,28 +1062,27 @@ def turn(points, angle):
     return points @ np.array([[c, s], [-s, c]])
 
 
-def ellipse(points, x, y, rx, ry, angle=0.0):
-    """Polygon of an ellipse, turned by `angle` radians -> (points, 2)."""
-    t = np.arange(points) * (2 * np.pi / points)
+def ellipse(x, y, rx, ry, angle):
+    """Polygon of an ellipse, turned by `angle` radians -> (24, 2)."""
+    t = np.arange(24) * (2 * np.pi / 24)
     return turn(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
 
 
 @functools.cache
-def outlines(text, g=1.0):
-    """Polygons (n, 2) of a text at part scale g."""
+def outlines(text):
+    """Polygons (n, 2) of a text."""
     polygons = []
     for one in filter(str.strip, text.split(";")):
-        z = np.array(one.replace("o", "").split(), complex)
-        numbers = z.real + z.imag * g
+        numbers = np.array(one.replace("o", "").split(), float)
         polygons.append(ellipse(*numbers) if "o" in one else numbers.reshape(-1, 2))
     return polygons
 
 
 @functools.cache
-def part_shapes(part, g=1.0):
-    """{value: its polygons} of the four values of a part at part scale g; the fifth is its place."""
+def part_shapes(part):
+    """{value: its polygons} of the four values of a part; the fifth is its place."""
     _, *words = re.split("([a-z]{3,})", PARTS[part][1])
-    return {name: outlines(text, g) for name, text in zip(words[::2], words[1::2])}
+    return {name: outlines(text) for name, text in zip(words[::2], words[1::2])}
 
 
 EYE = np.array([12.0, 10.0, 10.0])
@@ -1113,44 +1108,35 @@ def apart(mark, ground):
 
 def plumage(rng):
     """Colours of one bird by what is painted with them. None says anything about the class."""
-    u, hue, s, v = rng.uniform, rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.45, 0.8)
-    near = lambda: hue + u(-0.06, 0.06)
-    body, dark, pale = hsv(hue, s, v), hsv(hue, 0.4, 0.16), hsv(u(0.08, 0.18), u(0.02, 0.25), 0.97)
-    belly = mix(body, hsv(hue + u(-0.1, 0.1), s / 2, v + 0.25), 0.8)
-    back, tail = hsv(near(), s, v * 0.72), hsv(near(), s, v * 0.66)
-    head = hsv(near(), s * u(0.7, 1.2), v * u(0.85, 1.1))
-    beak = (hsv(u(0.08, 0.14), 0.8, 0.9), hsv(u(0, 0.06), 0.7, 0.8), hsv(0.1, 0.25, 0.22))[rng.integers(3)]
-    crest = (dark, hsv(rng.random(), 0.7, 0.8))[rng.integers(2)]
-    wing = pale if rng.random() < 0.7 else mix(back, dark, 0.85)
-    left, right = ((beak, dark)[k] for k in rng.integers(2, size=2))
+    hue, saturation, value = rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.45, 0.8)
+    like = lambda s, v: hsv(hue + rng.uniform(-0.06, 0.06), s * saturation, v * value)
+    body, back, tail, head = like(1, 1), like(1, 0.72), like(1, 0.66), like(0.95, rng.uniform(0.85, 1.1))
+    dark, pale = hsv(hue, 0.4, 0.16), hsv(rng.uniform(0.08, 0.18), rng.uniform(0.02, 0.25), 0.97)
+    belly = mix(body, like(0.5, 1.3), 0.8)
+    beak, leg = (hsv(rng.uniform(0, 0.14), 0.8, v) for v in rng.choice([0.25, 0.85], 2))
     return {
         "body": body, "belly": belly, "back": back, "tail": tail, "head": head, "beak": beak,
-        "neck": mix(body, head, 0.5), "left leg": left, "right leg": right, "pale": pale, "dark": dark,
+        "neck": mix(body, head, 0.5), "left leg": leg, "right leg": leg, "pale": pale, "dark": dark,
         "pupil": EYE, "glint": np.full(3, 240.0),
-        "crest": apart(mix(head, crest, 0.65), head), "wing": apart(wing, back),
+        "crest": apart(mix(head, hsv(rng.random(), 0.7, 0.8), 0.65), head), "wing": apart(pale, back),
         "breast": apart(mix(belly, dark, 0.75), belly), "eye": apart(pale, head),
         "stripe": apart(mix(head, dark, 0.85), head),
     }
 
 
-def background(rng, preset, colours, length, side):
-    """Smooth gradients, leaves, branches, and blobs in the bird's colours, like parts -> PIL image."""
+def background(rng, colours, length, side):
+    """Smooth gradients, leaves and twigs, and blobs in the bird's colours, like parts -> PIL image."""
     u, base = rng.uniform, hsv(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.9))
     grid = base + rng.normal(0, 28, (5, 5, 1)) + rng.normal(0, 14, (5, 5, 3))
     image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((side, side), FILTERS["bicubic"])
     draw = ImageDraw.Draw(image)
-    for _ in range(preset.clutter):
-        hue = rng.random() if rng.random() < 0.4 else u(0.08, 0.4)
-        colour, at, angle = hsv(hue, u(0.1, 0.6), u(0.2, 0.85)), rng.random(2), u(0, math.pi)
-        if rng.random() < 0.45:  # a branch
-            shape = outlines("-1 -1 1 -1 1 1 -1 1")[0] * (u(0.1, 0.45), u(0.004, 0.015))
-        else:  # a leaf
-            shape = ellipse(10, 0, 0, u(0.03, 0.12), u(0.015, 0.05))
-        paint(draw, (turn(shape, angle) + at) * side, colour)
-    for _ in range(preset.blobs):
+    for _ in range(4):
+        shape = ellipse(*rng.random(2), u(0.03, 0.2), u(0.005, 0.04), u(0, math.pi))
+        paint(draw, shape * side, hsv(rng.random(), u(0.1, 0.6), u(0.2, 0.85)))
+    for _ in range(3):
         at, angle, scale = rng.random(2), u(0, 6.3), length * u(0.7, 1.3)
-        colour = colours[("pale", "dark", "beak")[rng.integers(3)]]
-        for shape, own in zip(outlines(BLOBS[rng.integers(4)]), (colour, EYE)):
+        colour = colours[rng.choice(["pale", "dark", "beak"])]
+        for shape, own in zip(outlines(rng.choice(BLOBS)), (colour, EYE)):
             paint(draw, (turn(shape, angle) * scale + at) * side, own)
     return image
 
@@ -1175,17 +1161,14 @@ def draw_bird(name, split, index, size, *shifts):
     values = dict(zip(PARTS, drawn.integers(4, size=len(PARTS)).tolist()))
     values |= zip(SIGNATURE, map(int, preset.codes[label]))
     values |= {part: (values[part] + shift) % 4 for part, shift in shifts}
-    shapes = {part: list(part_shapes(part, preset.part_scale).values()) for part in PARTS}
-    shapes["breast"][1] = shapes["breast"][1] + feathers.uniform(-0.008, 0.008, (6, 1, 2))  # the spots
     if values["eye"] == 2:
         colours["eye"] = colours["stripe"]
 
     # the pose: three frames, each a function from its coordinates to the bird's
     u = scene.uniform
-    tilt, stretch = math.radians(u(-20, 20)), 1 + u(-0.08, 0.08)
-    head, tail = math.radians(u(-22, 22)), math.radians(u(-18, 28))
+    tilt, head, tail = np.radians([u(-20, 20), u(-22, 22), u(-18, 28)])
     neck = np.array([0.27 + u(-0.03, 0.02), -0.19 + u(-0.04, 0.05)])
-    whole = turn(np.diag([stretch, 1 / stretch]), tilt) * (scene.choice([-1, 1]), 1)  # turned, then mirrored
+    whole = turn(np.eye(2), tilt) * (scene.choice([-1, 1]), 1)  # turned, then mirrored
     pose = {
         "body": lambda p: p @ whole,
         "head": lambda p: (turn(p, head) + neck) @ whole,
@@ -1193,24 +1176,25 @@ def draw_bird(name, split, index, size, *shifts):
     }
     nape = np.array([(0.08, -0.14), neck + (-0.10, -0.06), neck + (0.10, 0.06), (0.26, 0.04)])
     placed, places = {"neck": [nape @ whole]}, []
-    for name, (frame, text) in FIXED.items():
-        placed[name] = [pose[frame](points) for points in outlines(text)]
+    for part, (frame, text) in FIXED.items():
+        placed[part] = [pose[frame](points) for points in outlines(text)]
+    extent = [points for shapes in placed.values() for points in shapes]
     for part, (frame, _) in PARTS.items():
-        placed[part] = [pose[frame](points) for points in shapes[part][values[part]]]
-        places.append(pose[frame](shapes[part][4][0]))
-    layers = [(points, colours[name]) for name in PAINTED.split(",") for points in placed[name]]
+        *shapes, place = part_shapes(part).values()
+        placed[part] = [pose[frame](points) for points in shapes[values[part]]]
+        places.append(pose[frame](place[0]))
+    layers = [(points, colours[part]) for part in PAINTED.split(",") for points in placed[part]]
 
     # its place: from the places of the parts, not from what is drawn there, so that no value moves the bird
-    extent = np.concatenate(places + [placed[name][0] for name in ("body", "room", "right leg", "head")])
-    low, span = extent.min(0), np.ptp(extent, 0)
-    length = min(u(*preset.length), 0.97 / span.max())
+    extent = np.concatenate(extent + places)
+    low, span, length = extent.min(0), np.ptp(extent, 0), u(*LENGTH)
     shift = scene.random(2) * (1 - span * length) - low * length
     corners = [[*p.min(0), *p.max(0)] for p in (np.concatenate([p for p, _ in layers]), *places)]
     boxes = ((np.array(corners) * length + np.tile(shift, 2)) * size).astype(np.float32)
 
     # drawn larger and averaged, then lit: gain, cast, a linear gradient, grain
     fine = 3 if size <= 80 else 2
-    image = background(scene, preset, colours, length, size * fine)
+    image = background(scene, colours, length, size * fine)
     draw = ImageDraw.Draw(image)
     for points, colour in layers:
         paint(draw, (points * length + shift) * (size * fine), colour)

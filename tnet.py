@@ -195,16 +195,16 @@ _cub = replace(
 )
 _nabirds = replace(_cub, epochs=100, contrastive=50.0)
 _birds_en = dict(hard_attention=False, backbone_lr=0.05)
-_toy = Recipe(  # few pictures and no random shift: with one, 32 pixels are enough
-    image_size=(128, 128), toy_preset="birds-easy", crop="none", normalize="half",
-    backbone="small", base_resolution=32, cell=0.25, dropout=0.0, lambda_f=0.05, baseline="separate",
-    epochs=40, optimizer="adamw", lr=2e-3, schedule="onecycle",
+_toy = Recipe(  # a quarter of a bird in a crop; the low resolution does not show what marks it
+    image_size=(112, 112), toy_preset="birds-easy", pad=8, normalize="half",
+    backbone="small", base_resolution=32, cell=2 / 7, dropout=0.0, lambda_f=0.05, baseline="separate",
+    epochs=16, optimizer="adamw", lr=2e-3, schedule="onecycle",
 )
 
 RECIPES = {
     "toy": _toy,
-    "folder": replace(_toy, image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), normalize="imagenet",
-                      width=32, base_resolution=56, epochs=60),
+    "folder": replace(_toy, image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), pad=0, cell=0.25,
+                      normalize="imagenet", width=32, base_resolution=56, epochs=60),
     "folder-b0": replace(_cub, locations="3", contrastive=0.0, epochs=60, batch_norm=(1e-5, 0.1)),
     "imagenet": _imagenet,
     "imagenet-bagnet77": replace(_imagenet, **_bagnet77),
@@ -272,7 +272,7 @@ TABLES = {
         ("TNet, 3 locations", {}, None),
         ("the low resolution alone", {"locations": "0"}, None),
         ("random cells", {"policy": "random"}, None),
-        ("the three best constant cells", {"policy": "fixed", "fixed_cells": (12, 11, 13)}, None),
+        ("the three best constant cells", {"policy": "fixed", "fixed_cells": (12, 7, 17)}, None),
         ("without per-feature regularisation", _no_regularisation, None),
     )),
     "baseline": Table("TNet and its backbone on the whole image at full resolution", "toy", "top1", (

@@ -136,7 +136,7 @@ RECIPES = {
     "folder": CUB,
     "toy": Recipe(
         image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0),
-        toy_preset="birds-small", backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, amp="off",
+        toy_preset="birds-easy", backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, amp="off",
         weight_decay=0.05, schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,),
     ),
 }

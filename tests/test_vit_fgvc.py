@@ -471,7 +471,7 @@ AIRCRAFT = dict(
     image_size=(786, 786), resize=(898, 898), batch_size=16, epochs=20, min_object_area=128**2 / 786**2,
     fallback=384 / 786, part_crop=224 / 384, phases=(4, 16), head_lr=(3, 1), encoder_lr=(0, 0.04))
 TOY = dict(
-    image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), toy_preset="birds-small",
+    image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), toy_preset="birds-easy",
     backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, weight_decay=0.05, amp="off",
     schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,))
 OWN = {k: v for k, v in CUB.items() if k not in common.Recipe.__dataclass_fields__}
