@@ -33,6 +33,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets import Flowers102
 from torchvision.models import ResNet50_Weights
+from torchvision.ops import box_iou
 from torchvision.transforms import RandomErasing
 from torchvision.transforms.v2 import functional as TF
 
@@ -87,6 +88,7 @@ class Splits:
 
 ORDER, ITEM = 1, 2  # first word of a random stream: what it is for
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic")}
+FILTERS["random"] = FILTERS["bilinear"]  # in testing
 FORMATS = "JPEG PNG WEBP TIFF BMP GIF PPM".split()  # no others: EPS would start Ghostscript
 EXTENSIONS = tuple(".jpg .jpeg .png .webp .tif .tiff .bmp .gif .ppm .pgm".split())
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> the Image.Transpose that undoes it
@@ -327,7 +329,7 @@ class Photos(torch.utils.data.Dataset):
         need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
         image = decode(image, turn, need)
         kx, ky = image.width / w, image.height / h  # below 1 where decoding made it smaller
-        resample = FILTERS.get(recipe.interpolation, FILTERS["bilinear"])
+        resample = FILTERS[recipe.interpolation]
         if rng and recipe.interpolation == "random":
             resample = Image.Resampling(rng.integers(6))
         return cut(image, (x1 * kx, y1 * ky, x2 * kx, y2 * ky), (H, W), resample), box
@@ -451,12 +453,12 @@ def hold_out(split, fraction):
 
     At least one image on each side; the single image of a class stays.
     """
-    left = {label: min(max(1, round(fraction * n)), n - 1) for label, n in Counter(split.labels).items()}
-    keys, held = [hashlib.sha256(os.path.basename(path).encode()).digest() for path in split.paths], set()
-    for i in sorted(range(len(split)), key=keys.__getitem__):
-        if left[split.labels[i]]:
-            left[split.labels[i]] -= 1
-            held.add(i)
+    key = lambda i: hashlib.sha256(os.path.basename(split.paths[i]).encode()).digest()
+    groups, held = {}, set()
+    for i in sorted(range(len(split)), key=key):
+        groups.setdefault(split.labels[i], []).append(i)
+    for own in groups.values():
+        held |= set(own[: min(max(1, round(fraction * len(own))), len(own) - 1)])
     return split.take(sorted(set(range(len(split))) - held)), split.take(sorted(held))
 
 
@@ -646,57 +648,46 @@ def splits_of(rows, keys, classes, note="", first=0, **more):
 
 def load_imagenet(base, recipe):
     """ILSVRC2012: folders of wnids in train and val; of Kaggle's val, LOC_val_solution.csv has the labels."""
-    solution, mapping = base / "../../../LOC_val_solution.csv", base / "../../../LOC_synset_mapping.txt"
+    solution = base / "../../../LOC_val_solution.csv"
     train, wnids = class_folders(base / "train")
     if solution.exists() and not folders_in(base / "val"):
         labels, paths = Lines(solution, separator=","), photos_in(base / "val")
         test = Split(paths, [wnids.index(labels[Path(path).stem].split()[0]) for path in paths])
     else:
         test, _ = class_folders(base / "val", wnids)
-    names = {}
-    if len(wnids) == 1000:
-        names = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))  # are in the order of the wnids
-    elif mapping.exists():
-        names = Lines(mapping, lambda rest: rest.split(",")[0])
-    return Splits(train, test, [names.get(wnid, wnid) for wnid in wnids])
+    whole = len(wnids) == 1000
+    names = ResNet50_Weights.DEFAULT.meta["categories"] if whole else wnids  # in the order of the wnids
+    return Splits(train, test, names)
 
 
 def load_birds(base, recipe):
-    """CUB-200-2011 and NABirds: files joined by image id; the classes are the ids in use; boxes x y w h."""
-    paths, names = Lines(base / "images.txt"), Lines(base / "classes.txt")
-    class_of = Lines(base / "image_class_labels.txt", int)
-    box = Lines(base / "bounding_boxes.txt", four)
-    side = Lines(base / "train_test_split.txt", {"0": "test", "1": "train"}.__getitem__)
-    ids, used = sorted(paths, key=lambda i: (len(i), i)), sorted(set(class_of.values()))
-    boxes = np.array([box[i] for i in ids], np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    classes = [re.sub(r"^\d+\.", "", names[str(c)]).replace("_", " ") for c in used]
-    parts, about = bird_parts(base, ids, boxes)
-    rows = [
-        (side[i], f"{base}/images/{paths[i]}", class_of[i], *truth) for i, *truth in zip(ids, boxes, *parts)
-    ]
-    return splits_of(rows, used, classes, **about)
+    """CUB-200-2011 and NABirds: files joined by image id; the classes are the ids in use; boxes x y w h.
 
-
-def bird_parts(base, ids, boxes):
-    """Squares about the points of parts/part_locs.txt -> ([parts (n, P, 4)], what they are).
-
-    They reach a tenth of the object's longer side (PCK at 0.1), at least a pixel, to each side; nan: unseen.
+    A part is a square about its point in parts/part_locs.txt that reaches a tenth of the object's longer side
+    (PCK at 0.1), at least a pixel, to each side.
     """
-    file = base / "parts/part_locs.txt"
-    if not file.exists():
-        return [], {}
-    names, row = Lines(base / "parts/parts.txt"), {image: k for k, image in enumerate(ids)}
-    order = sorted(names, key=lambda part: (len(part), part))
-    centre = np.full((len(ids), len(order), 4), np.nan, np.float32)
-    with reading(file) as content:
-        for line in content.decode().splitlines():
-            image, part, x, y, visible = line.split()
-            if visible == "1" and image in row:
-                centre[row[image], order.index(part)] = four(f"{x} {y} {x} {y}")
-    reach = np.maximum(1, 0.1 * (boxes[:, 2:] - boxes[:, :2]).max(1))
-    about = {"part_names": tuple(names[part] for part in order), "signature": (True,) * len(order)}
-    return [centre + reach[:, None, None] * np.float32([-1, -1, 1, 1])], about
+    paths, names = Lines(base / "images.txt"), Lines(base / "classes.txt")
+    class_of, box = Lines(base / "image_class_labels.txt", int), Lines(base / "bounding_boxes.txt", four)
+    side = Lines(base / "train_test_split.txt", {"0": "test", "1": "train"}.__getitem__)
+    rows, points, parts, about, by_number = [], {}, [], {}, lambda number: (len(number), number)
+    if (base / "parts/part_locs.txt").exists():
+        names_of_parts = Lines(base / "parts/parts.txt")
+        parts = sorted(names_of_parts, key=by_number)
+        about = {"part_names": tuple(map(names_of_parts.get, parts)), "signature": (True,) * len(parts)}
+        with reading(base / "parts/part_locs.txt") as content:
+            for line in content.decode().splitlines():
+                image, part, x, y, visible = line.split()
+                if visible == "1":
+                    points[image, part] = four(f"{x} {y} {x} {y}")
+    for i in sorted(paths, key=by_number):
+        x, y, w, h = box[i]
+        reach = max(1, 0.1 * max(w, h)) * np.array([-1, -1, 1, 1])
+        squares = [points.get((i, part), (math.nan,) * 4) + reach for part in parts]
+        truth = (x, y, x + w, y + h), squares
+        rows.append((side[i], f"{base}/images/{paths[i]}", class_of[i], *truth[: 1 + bool(parts)]))
+    used = sorted(set(class_of.values()))
+    classes = [re.sub(r"^\d+\.", "", names[str(c)]).replace("_", " ") for c in used]
+    return splits_of(rows, used, classes, **about)
 
 
 def load_cars(base, recipe):
@@ -747,17 +738,19 @@ def load_dogs(base, recipe):
     rows, annotations = [], base / "Annotation"
     for side in ("train", "test"):
         for file in columns(base / f"{side}_list.mat", "", ["file_list"])[0]:
-            rows.append([side, f"{base}/Images/{file}", file.split("/")[0]])
-            if annotations.exists():
-                with reading(annotations / file.rsplit(".", 1)[0]) as content:
-                    dogs, keys = ElementTree.fromstring(content), ("xmin", "ymin", "xmax", "ymax")
-                    texts = (" ".join(dog.find(key).text for key in keys) for dog in dogs.iter("bndbox"))
-                    boxes = map(four, texts)
-                    rows[-1].append(max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])))
+            box = [dog_box(annotations / file.rsplit(".", 1)[0])] if annotations.exists() else []
+            rows.append((side, f"{base}/Images/{file}", file.split("/")[0], *box))
     breeds = sorted({row[2] for row in rows})
     classes = [breed.partition("-")[2].replace("_", " ") for breed in breeds]
     note = "; all its photos, those of test too, are in ImageNet's training set: weights from there saw them"
     return splits_of(sorted(rows), breeds, classes, note)
+
+
+def dog_box(path):
+    """The largest box of an annotation in XML, whose numbers are in the order x1 y1 x2 y2."""
+    with reading(path) as content:
+        boxes = [four(" ".join(box.itertext())) for box in ElementTree.fromstring(content).iter("bndbox")]
+        return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
 
 
 def load_plant(base, recipe):
@@ -788,12 +781,12 @@ def load_fmow(base, recipe):
         (side, photo, photo.parts[-3], photo.with_suffix(".json"))
         for side in ("train", "val") for photo in base.glob(f"{side}/*/*/*_rgb.jpg")
     ]
-    truth = base if (base / "test_gt_mapping.json").exists() else base / "groundtruth"
-    mapping = truth / "test_gt_mapping.json"
-    if mapping.exists():
+    mappings = [folder / "test_gt_mapping.json" for folder in (base, base / "groundtruth")]
+    mapping = next(filter(Path.exists, mappings), None)
+    if mapping:
         with reading(mapping) as content:
             for pair in json.loads(content):
-                given = truth / pair["input"]
+                given = mapping.parent / pair["input"]
                 for photo in base.glob(f"{pair['output']}/*_rgb.jpg"):
                     file = given / f"{given.name}_{photo.stem.split('_', 1)[1]}.json"
                     photos.append(("test", photo, given.parent.name, file))
@@ -803,7 +796,7 @@ def load_fmow(base, recipe):
     ]
     classes = sorted({category for side, _, category, *_ in rows if side == "train"})
     splits = splits_of(rows, classes, classes, context=True)
-    if not mapping.exists():
+    if not mapping:
         note = "; no test_gt_mapping.json (of groundtruth.tar.bz2 in the tree's root): val is the test split"
         splits = Splits(splits.train, splits.val, classes, note=note)
     return splits
@@ -1262,15 +1255,14 @@ def score(split, answers, recipe, model_answers=None):
         return {"scores": rate(answers["answer"]), "heads": maps}
     labels, top = np.array(split.labels), answers["answer"].astype(int)
     hits = top == labels[:, None]
-    right, guess = hits[:, 0], top[:, 0]
+    right = hits[:, 0]
     result = {"scores": {"top1": right.mean()}, "heads": {k: (v == labels).mean() for k, v in heads.items()}}
     if max(labels.max(), top.max()) > 4:
         result["scores"]["top5"] = hits.any(1).mean()
     if "boxes" in answers:
-        good = Counter(labels[right].tolist())
-        wrong = Counter(sorted(zip(labels[~right].tolist(), guess[~right].tolist())))
-        result["per_class"] = {c: [good[c], n] for c, n in sorted(Counter(split.labels).items())}
-        result["confused"] = [[*pair, n] for pair, n in wrong.most_common(10)]
+        pairs = Counter(sorted(zip(split.labels, top[:, 0].tolist())))
+        result["per_class"] = {c: [pairs[c, c], n] for c, n in sorted(Counter(split.labels).items())}
+        result["confused"] = [[c, other, n] for (c, other), n in pairs.most_common() if c != other][:10]
         result |= look(split, answers, recipe.image_size, right)
         if split.swap:
             result["reliance"] = reliance(split, model_answers)
@@ -1296,13 +1288,13 @@ def look(split, answers, size, right):
         return found
 
     if split.parts is not None:
-        parts, signature = to_input(split.parts, shown[:, None], size), np.array(split.signature)
-        kinds = {"signature": parts[:, signature], "decoy": parts[:, ~signature]}
-        chance = {name: covered(some, size) for name, some in kinds.items() if some.size}
-        result["pointing"] = {
-            name: both(pointing, kinds[name]) | {"chance": cells.mean(), "constant": cells.max()}
-            for name, cells in chance.items()
-        }
+        parts, result["pointing"] = to_input(split.parts, shown[:, None], size), {}
+        for name, wanted in ("signature", True), ("decoy", False):
+            own = parts[:, np.array(split.signature) == wanted]
+            if own.size:
+                cells = covered(own, size)
+                free = {"chance": cells.mean(), "constant": cells.max()}
+                result["pointing"][name] = both(pointing, own) | free
     if split.boxes is not None:
         objects = to_input(split.boxes, shown, size)
         best = lambda found, truth: {"mean": iou(found[:, 0], truth).mean()}
@@ -1331,29 +1323,29 @@ def tell(result):
         yield "reliance, decisions changed by swapping a part: " + shares(flips)
 
 
+def inside(points, boxes):
+    """Whether points (..., p, 2) lie in one of the boxes (..., b, 4) -> (..., p)."""
+    points, boxes = points[..., None, :], boxes[..., None, :, :]
+    return ((boxes[..., :2] <= points) & (points < boxes[..., 2:])).all(-1).any(-1)
+
+
 def covered(boxes, size, cells=32):
     """How often each cell of a raster over images (H, W) has its centre in one of the boxes (n, b, 4)."""
-    (H, W), at, total = size, (np.arange(cells) + 0.5) / cells, 0.0
-    for x1, y1, x2, y2 in boxes.transpose(0, 2, 1)[..., None]:  # each (b, 1)
-        inside_x, inside_y = (x1 <= at * W) & (at * W < x2), (y1 <= at * H) & (at * H < y2)
-        total = total + (inside_y[:, :, None] & inside_x[:, None]).any(0)
-    return total / len(boxes)
+    y, x = (np.indices((cells, cells)).reshape(2, -1) + 0.5) / cells
+    centres = np.stack((x, y), 1) * size[::-1]
+    return np.mean([inside(centres, own) for own in boxes], 0)
 
 
 def pointing(boxes, parts):
     """Share of boxes (n, b, 4) with their centre in a part (n, P, 4; nan: not visible): the best, all."""
-    centres = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, :, None]  # (n, b, 1, 2)
-    inside = (centres >= parts[:, None, :, :2]) & (centres < parts[:, None, :, 2:])
-    hit = inside.all(-1).any(-1)  # (n, b)
+    hit = inside((boxes[..., :2] + boxes[..., 2:]) / 2, parts)  # (n, b)
     return {"best": hit[:, 0].mean(), "all": hit.mean()}
 
 
 def iou(a, b):
-    """Intersection over union of boxes (..., 4)."""
-    area = lambda low, high: np.clip(high - low, 0, None).prod(-1)
-    inter = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
-    both = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:])
-    return inter / np.maximum(both - inter, 1e-9)
+    """Intersection over union of boxes (n, 4), pair by pair; a may be one box for all."""
+    a, b = (torch.as_tensor(boxes, dtype=torch.float64)[..., None, :] for boxes in (a, b))
+    return box_iou(a, b)[..., 0, 0].numpy()
 
 
 def reliance(split, model_answers):

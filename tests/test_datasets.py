@@ -485,13 +485,17 @@ def test_imagenet_has_folders_of_wnids_and_kaggle_s_val_a_table(tmp_path):
     assert data.Photos(splits.train, RECIPE)[1][0].shape == (3, 16, 16)
     solution = "ImageId,PredictionString\r\nV1,n01440764 1 2 3 4 \r\nV0,n01443537 1 2 3 4\r\n"
     write(tmp_path / "b/LOC_val_solution.csv", solution)
-    write(tmp_path / "b/LOC_synset_mapping.txt", "n01440764 tench, Tinca\nn01443537 goldfish, Carassius\n")
     for root in (tmp_path / "b", base):
         splits = load("imagenet", root)
-        assert splits.classes == ["tench", "goldfish"] and splits.test.labels == [1, 0]
+        assert splits.classes == ["n01440764", "n01443537"] and splits.test.labels == [1, 0]
     write(tmp_path / "b/LOC_val_solution.csv", "ImageId,PredictionString\nV1,n01440764 1 2 3 4\n")
     with pytest.raises(ValueError, match="LOC_val_solution.csv has no line for V0"):
         load("imagenet", base)
+    for i in range(2000):  # the whole of it has names
+        folder = tmp_path / "c" / ("train", "val")[i % 2] / f"n{i // 2:08}"
+        folder.mkdir(parents=True)
+        (folder / "1.JPEG").hardlink_to(tmp_path / "a/val/n01440764/V1.JPEG")
+    assert load("imagenet", tmp_path / "c").classes[:2] == ["tench", "goldfish"]
 
 
 # ---------------------------------------------------------------------- damaged and missing sets
