@@ -29,8 +29,8 @@ recipes do ("code" in the help of the switches is the authors'):
     parts from  paper: the object image (Sec. 2 c), "a higher resolution" (Sec. 3). Code, ours: the object
                 image. --part-source highres
     L_c         paper: sum over the parts. Code, ours: their mean, label smoothing 0.1. --part-reduction sum
-    passes      paper: attention and features in one. Code: the photo always twice. Ours: twice only in
-                training with --erase or --attention-crop
+    passes      paper: attention and features in one. Code: the photo always twice. Ours: in training those
+                that --erase or --attention-crop changes twice, all others once
     erasing     paper: used. Code, ours: off in the final runs; no better where the notebooks compare. --erase
     cropping    paper: used beside erasing (Fig. 3), without numbers. Code, ours: the object stage is the only
                 crop. --attention-crop 0.5 shows stage a the object alone for half of the photos
@@ -58,14 +58,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
 from torch import nn
-from torchvision.ops import box_iou
+from torchvision.ops import nms
 
 import common
 from common import Table, by_dataset, opt
 
 # -------------------------------------------------------------------------------- recipe
 
-share = partial(opt, least=0, most=1)
+share = partial(opt, most=1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Recipe(common.Recipe):
     part_iou: float = share(0.1, "largest IoU of two parts (code)", most=0.99)
     score_pool: str = opt(
         "avg", "a window's score: average, maximum, generalised mean (Sec. 2.2; p 3)", ("avg", "max", "gem"))
-    stride: int = opt(1, "step between windows, pixels of the score map (Sec. 2.2)", least=1, most=8192)
+    stride: int = opt(1, "step between windows, pixels of the score map (Sec. 2.2)", least=1)
     erase: bool = opt(False, "training: erase the most attended pixels of photos and objects (Sec. 2.3)")
     erase_prob: float = share(0.5, "erase: probability P for an image (code)")
     erase_threshold: float = share(0.7, "erase: above this share T of the largest attention (code)")
@@ -108,29 +108,32 @@ class Recipe(common.Recipe):
         stage = {"full": "a", "object": "b", "parts": "c"}.get(self.fusion, "")
         if stage not in self.stages:
             raise ValueError(f"--fusion {self.fusion} needs stage {stage}, not in --stages {self.stages}")
+        if self.attention_crop and "a" not in self.stages:
+            raise ValueError(f"--attention-crop needs stage a, not in --stages {self.stages}")
         if not len(self.phases) == len(self.head_lr) == len(self.encoder_lr) > 0:
             raise ValueError("--phases, --head-lr and --encoder-lr: give each one value for each phase")
 
 
-CUB = Recipe(
+DOGS = Recipe(
     image_size=(448, 448), resize=(512, 512), crop="resized", crop_area=(0.75, 1.0),
     rotate=10, zoom=(1.0, 1.1), affine_prob=0.75, brightness=0.2, contrast=0.2, jitter_prob=0.75,
-    batch_size=20, epochs=10, optimizer="radam", lr=1e-3, momentum=0.95, beta2=0.99, eps=1e-6,
+    batch_size=16, epochs=6, optimizer="radam", lr=1e-3, momentum=0.95, beta2=0.99, eps=1e-6,
     weight_decay=0.01, schedule="onecycle", label_smoothing=0.1, weights="default",
-    phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),  # the head alone, all, all gently
+)
+CUB = replace(  # the head alone, all, all gently
+    DOGS, batch_size=20, epochs=10, phases=(2, 4, 4), head_lr=(3, 1, 0.1), encoder_lr=(0, 0.02, 0.002),
 )
 RECIPES = {
     "cub": CUB,
-    "dogs": replace(CUB, batch_size=16, epochs=6, phases=(2, 4), head_lr=(3, 1), encoder_lr=(0, 0.02)),
+    "dogs": DOGS,
     "cars": replace(  # never completed by the authors
-        CUB, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), batch_size=16, epochs=56,
-        lr=1e-2, head="mlp_bn", min_object_area=73**2 / 512**2, fallback=384 / 512, part_crop=170 / 384,
+        DOGS, image_size=(512, 512), resize=(584, 584), crop_area=(0.7, 1.0), epochs=56, lr=1e-2,
+        head="mlp_bn", min_object_area=73**2 / 512**2, fallback=384 / 512, part_crop=170 / 384,
         phases=(24, 32), head_lr=(1, 0.33), encoder_lr=(0, 0.0033),
     ),
     "aircraft": replace(  # not in the paper; from the authors' notebooks
-        CUB, image_size=(786, 786), resize=(898, 898), batch_size=16, epochs=20,
-        min_object_area=128**2 / 786**2, fallback=384 / 786, part_crop=224 / 384,
-        phases=(4, 16), head_lr=(3, 1), encoder_lr=(0, 0.04),
+        DOGS, image_size=(786, 786), resize=(898, 898), epochs=20, min_object_area=128**2 / 786**2,
+        fallback=384 / 786, part_crop=224 / 384, phases=(4, 16), encoder_lr=(0, 0.04),
     ),
     "plant": CUB,  # Plant Pathology 2020 or iCassava, which is Table 1's; the authors give no recipe
     "folder": CUB,
@@ -210,10 +213,10 @@ def resize(maps, size):
 
 def closing(mask):
     """Binary closing with a 3 x 3 cross (Sec. 2.1): closes gaps of 1 or 2 pixels. (B, H, W) -> the same."""
+    cross = torch.tensor([[0.0, 1, 0], [1, 1, 1], [0, 1, 0]], device=mask.device)
 
-    def grow(mask):  # by the pixels above, below, left and right
-        m = F.pad(mask, (1, 1, 1, 1))
-        return m[:, 1:-1, 1:-1] | m[:, :-2, 1:-1] | m[:, 2:, 1:-1] | m[:, 1:-1, :-2] | m[:, 1:-1, 2:]
+    def grow(mask):
+        return F.conv2d(mask[:, None].float(), cross[None, None], padding=1)[:, 0] > 0
 
     return ~grow(~grow(mask))  # outside is no background: the frame does not erode
 
@@ -250,10 +253,9 @@ def object_box(maps, recipe, random=False):
     scan order. Without any the box is a share of each side, in the centre or at a random place.
     """
     r, (B, H, W) = recipe, maps.shape
-    photo = torch.tensor([W, H])
-    sides = (r.fallback * photo.double()).round().long()
-    place = torch.rand(B, 2).flip(1) if random else torch.full((B, 2), 0.5)
-    corner = (place * (photo - sides)).long()
+    sides = torch.tensor([round(r.fallback * W), round(r.fallback * H)])
+    place = torch.rand(B, 2) if random else torch.full((B, 2), 0.5)
+    corner = (place * (torch.tensor([W, H]) - sides)).long()
     boxes = torch.cat([corner, corner + sides], 1).to(maps.device)
 
     level = maps.mean((1, 2)) if r.threshold == "mean" else maps.flatten(1).median(1).values
@@ -289,16 +291,12 @@ def part_boxes(maps, recipe):
     scores = pooling(maps**3 if r.score_pool == "gem" else maps, kernel, r.stride)  # no root: same order
     steps = torch.arange(scores.shape[2], device=maps.device) * r.stride
     corners = torch.cartesian_prod(steps, steps).flip(1)  # (n, 2) x, y, row by row
-    windows = torch.cat([corners, corners + kernel + 1], 1)
-
-    scores = scores.flatten(1)  # (B, n)
-    chosen = [scores.argmax(1)]
-    for _ in range(1, r.parts):  # non-maximum suppression
-        overlap = box_iou(windows[chosen[-1]], windows)  # (B, n)
-        scores = scores.masked_fill(overlap > r.part_iou + 1e-6, -torch.inf)  # one equal to it passes
-        best, index = scores.max(1)
-        chosen.append(torch.where(best > -torch.inf, index, chosen[-1]))
-    corners = corners[torch.stack(chosen, 1)]  # (B, P, 2)
+    windows = torch.cat([corners, corners + kernel + 1], 1).float()
+    wanted, chosen = torch.arange(r.parts, device=maps.device), []
+    for own in scores.flatten(1):  # (n,)
+        kept = nms(windows, own, r.part_iou + 1e-6)  # an IoU equal to the largest passes
+        chosen.append(kept[wanted.clamp(max=len(kept) - 1)])
+    corners = corners[torch.stack(chosen)]  # (B, P, 2)
     corners = (corners * size // side).clamp(max=size - window)  # pixels of the image
     return torch.cat([corners, corners + window], 2)
 
@@ -320,20 +318,25 @@ def crop(images, boxes, size):
 # -------------------------------------------------------------------------------- Sec. 2.3, Eq. 1
 
 
-def erase(images, maps, recipe):
-    """Erase what is attended (Sec. 2.3): with probability P, pixels of an image (B, 1, 3, H, W) with more
+def toss(images, probability):
+    """A coin for each image (Sec. 2.3): (B, ...) -> (B,) bool."""
+    return torch.rand(len(images), device=images.device) < probability
+
+
+def erase(images, maps, chosen, threshold):
+    """Erase what is attended (Sec. 2.3): in the chosen (B,) of images (B, 3, H, W), pixels with more
     attention (B, H, W) than the threshold T become 0, the mean colour."""
-    coin = torch.rand(len(images), 1, 1, device=images.device) < recipe.erase_prob
-    return images.masked_fill((coin & (maps > recipe.erase_threshold))[:, None, None], 0.0)
+    holes = chosen[:, None, None] & (maps > threshold)
+    return images.masked_fill(holes[:, None], 0.0)
 
 
 def joint_loss(logits, targets, recipe):
     """Eq. 1 over the stages present: {name: (B, P, K)}, P views of each image, (B,) -> (loss, terms)."""
     terms = {}
     for name, stage in logits.items():
-        views, smoothing = stage.shape[1], recipe.label_smoothing
-        every = targets.repeat_interleave(views)
-        mean = F.cross_entropy(stage.float().flatten(0, 1), every, label_smoothing=smoothing)
+        views = stage.shape[1]
+        mean = F.cross_entropy(stage.float().flatten(0, 1), targets.repeat_interleave(views),
+                               label_smoothing=recipe.label_smoothing)
         terms[name] = mean * views if recipe.part_reduction == "sum" else mean
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
@@ -360,89 +363,89 @@ class MultiStageViT(nn.Module):
         dim, plain = self.encoder.cls_token.shape[-1], recipe.head == "mlp"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         first, last = nn.Linear(dim, dim, bias=plain), nn.Linear(dim, num_classes, bias=plain)
-        layers = [first, nn.ReLU(), last]
-        if not plain:
-            layers = [nn.BatchNorm1d(dim), nn.Dropout(0.25), *layers]
-            layers[4:4] = nn.BatchNorm1d(dim), nn.Dropout(0.5)
-        self.head = nn.Sequential(*layers)
+
+        def before(drop):
+            return [] if plain else [nn.BatchNorm1d(dim), nn.Dropout(drop)]
+
+        self.head = nn.Sequential(*before(0.25), first, nn.ReLU(), *before(0.5), last)
 
     def encode(self, views, attend=False):
-        """P views of each image (B, P, 3, S, S) -> logits (B, P, K), maps (B * P, gh, gw) if `attend`."""
+        """Views (n, 3, S, S) -> class tokens (n, C), attention maps (n, gh, gw) if `attend`."""
         layers = []
-        visit = (lambda q, k: layers.append((q, k))) if attend else None
-        tokens = self.encoder.features(views.flatten(0, 1), visit)  # (B * P, N, C)
-        logits = self.head(self.norm(tokens[:, 0])).unflatten(0, views.shape[:2])
-        return logits, attention_map(layers, self.encoder.grid, self.recipe.head_fusion) if attend else None
+        tokens = self.encoder.features(views, (lambda *qk: layers.append(qk)) if attend else None)
+        maps = attention_map(layers, self.encoder.grid, self.recipe.head_fusion) if attend else None
+        return self.norm(tokens[:, 0]), maps
+
+    def classify(self, views):
+        """P views of each image (B, P, 3, S, S) -> logits (B, P, K)."""
+        return self.head(self.encode(views.flatten(0, 1))[0]).unflatten(0, views.shape[:2])
 
     @torch.no_grad()
     def attention(self, views):
-        """A pass for the attention map alone: (B, 1, 3, S, S) -> (B, gh, gw)."""
+        """A pass for the maps alone, which changes no running statistics: (n, 3, S, S) -> (n, gh, gw)."""
+        self.encoder.eval()
         _, maps = self.encode(views, attend=True)
+        self.encoder.train(self.training)
         torch.clear_autocast_cache()  # the next pass would get weights cast here, without a graph
         return maps
 
-    def augment(self, images, small, maps):
-        """Attention-based augmentations (Sec. 2.3) of photos (B, 3, H, W), small (B, 1, 3, S, S), by maps."""
-        if self.recipe.erase:
-            small = erase(small, resize(maps, self.size), self.recipe)
-        if self.recipe.attention_crop:
-            coin = torch.rand(len(images), 1, 1, 1, 1, device=images.device) < self.recipe.attention_crop
-            box = object_box(resize(maps, images.shape[2:]), self.recipe, True)[:, None]
-            small = torch.where(coin, crop(images, box, self.size), small)
-        return small
+    def encode_augmented(self, images, small):
+        """`encode` of photos (B, 3, H, W), small (B, 3, S, S), after some are erased or cropped (Sec. 2.3).
 
-    def see_photo(self, images, attend):
-        """Stage a: (B, 3, H, W) -> {"full": logits (B, 1, K)} if it is used, maps (B, gh, gw) if `attend`."""
+        The maps are those of the photos as they are, where the object is sought.
+        """
         r = self.recipe
-        size, smooth = (self.size, self.size), r.full_resize == "bilinear"
-        small = F.interpolate(images, size, mode=r.full_resize, antialias=smooth)[:, None]
-        if "a" not in r.stages:
-            return {}, self.attention(small)
-        if self.training and (r.erase or r.attention_crop):
-            maps = self.attention(small)  # of the photo as it is: the object is sought there
-            logits, _ = self.encode(self.augment(images, small, maps))
-        else:
-            logits, maps = self.encode(small, attend)
-        return {"full": logits}, maps
-
-    def find_object(self, images, maps):
-        """Stage b: the object in photos (B, 3, H, W) by their maps (B, gh, gw) -> see `stages`."""
-        maps = resize(maps, images.shape[2:])
-        box = object_box(maps, self.recipe, self.training)[:, None]
-        view, object_map = crop(images, box, self.size), crop(maps[:, None], box, self.size)[:, 0, 0]
-        if self.training and self.recipe.erase:
-            view = erase(view, object_map, self.recipe)
-        return maps, box, view, object_map
-
-    def find_parts(self, images, box, view, object_map):
-        """Stage c: the parts of the objects, cut out of them or of the photo -> see `stages`."""
-        inside = part_boxes(resize(object_map, self.size // SCORE_SHRINK), self.recipe)  # of the object image
-        corner, far = box.split(2, 2)
-        boxes = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / self.size)  # of the photo
-        highres = self.recipe.part_source == "highres"
-        return boxes, crop(images, boxes, self.size) if highres else crop(view[:, 0], inside, self.size)
+        erased, cropped = toss(images, r.erase * r.erase_prob), toss(images, r.attention_crop)
+        changed, before = erased | cropped, small.new_zeros(len(small), *self.encoder.grid)
+        before[changed] = self.attention(small[changed])
+        small = erase(small, resize(before, self.size), erased, r.erase_threshold)
+        boxes = object_box(resize(before[cropped], images.shape[2:]), r, True)[:, None]
+        small[cropped] = crop(images[cropped], boxes, self.size)[:, 0]
+        tokens, maps = self.encode(small, attend=True)
+        return tokens, torch.where(changed[:, None, None], before, maps)
 
     def stages(self, images, locate=False):
         """Run the stages (Fig. 2): (B, 3, H, W) -> logits (B, P, K) by stage, and what was found.
 
         That is nothing without parts, unless with `locate`; else maps (B, H, W), the object's box in the
-        photo (B, 1, 4), the object (B, 1, 3, S, S), its map (B, S, S), its parts' boxes there (B, P, 4)
+        photo (B, 1, 4), the object (B, 3, S, S), its map (B, S, S), its parts' boxes in the photo (B, P, 4)
         and the parts (B, P, 3, S, S).
         """
-        used = self.recipe.stages
+        r, size, logits = self.recipe, self.size, {}
+        used, augment = r.stages, self.training and (r.erase or r.attention_crop)
         attend = locate or used != "a"
-        logits, maps = self.see_photo(images, attend)
+
+        # a: the photo
+        smooth = r.full_resize == "bilinear"
+        small = F.interpolate(images, (size, size), mode=r.full_resize, antialias=smooth)
+        if "a" not in used:
+            maps = self.attention(small)
+        else:
+            tokens, maps = self.encode_augmented(images, small) if augment else self.encode(small, attend)
+            logits["full"] = self.head(tokens)[:, None]
         if not attend:
             return logits, ()
-        maps, box, view, object_map = self.find_object(images, maps)
+
+        # b: the object
+        maps = resize(maps, images.shape[2:])
+        box = object_box(maps, r, self.training)[:, None]
+        thing, object_map = (crop(whole, box, size)[:, 0] for whole in (images, maps[:, None]))
+        object_map = object_map[:, 0]
+        if self.training and r.erase:
+            thing = erase(thing, object_map, toss(images, r.erase_prob), r.erase_threshold)
         if "b" in used:
-            logits["object"], _ = self.encode(view)
+            logits["object"] = self.classify(thing[:, None])
         if "c" not in used and not locate:
             return logits, ()
-        boxes, parts = self.find_parts(images, box, view, object_map)
+
+        # c: its parts, cut out of it or of the photo
+        inside = part_boxes(resize(object_map, size // SCORE_SHRINK), r)  # in the object
+        corner, far = box.split(2, 2)
+        boxes = corner.repeat(1, 1, 2) + inside * ((far - corner).repeat(1, 1, 2) / size)  # in the photo
+        parts = crop(images, boxes, size) if r.part_source == "highres" else crop(thing, inside, size)
         if "c" in used:
-            logits["parts"], _ = self.encode(parts)
-        return logits, (maps, box, view, object_map, boxes, parts)
+            logits["parts"] = self.classify(parts)
+        return logits, (maps, box, thing, object_map, boxes, parts)
 
     def forward(self, images, targets=None):
         """(B, 3, H, W) -> logits (B, K); with targets (B,) -> (loss, terms)."""
@@ -481,12 +484,12 @@ class MultiStageViT(nn.Module):
 # -------------------------------------------------------------------------------- pictures
 
 
-def page(recipe, image, attention, box, object_, object_map, boxes, parts):
+def page(recipe, image, attention, box, thing, object_map, boxes, parts):
     """The panels of one image (3, H, W) and what was found in it -> PIL image."""
     hole = attention > recipe.erase_threshold
     rim = F.max_pool2d(hole[None].float(), 9, 1, 4)[0] > 0
     erased = image.masked_fill(rim, 9.0).masked_fill(hole, 0.0)  # grey as in training, with a white rim
-    views = image, erased, *object_, *parts
+    views = image, erased, thing, *parts
     photo, erased, thing, *parts = (common.to_pil(view, recipe.normalize) for view in views)
     weight = Image.fromarray((attention * 255).byte().cpu().numpy()).convert("RGB")
     panels = {
@@ -523,8 +526,7 @@ def build(recipe, num_classes):
         model.encoder.official = VIT_BASE_384
     held = common.load_vit(model.encoder, recipe.weights)
     if "encoder.cls_token" in held:
-        rest = {name: tensor for name, tensor in held.items() if not name.startswith("encoder.")}
-        common.load_state(model, rest, heads=("encoder.", "head."), source=recipe.weights)
+        common.load_state(model, held, ("encoder.", "head."), recipe.weights)
     return model
 
 
@@ -534,11 +536,10 @@ def param_groups(model, recipe):
     Weight decay on matrices and convolutions; not on biases and norms (1 dimension), nor on the position
     embeddings and the class token (3).
     """
-    encoder, rest = [*model.encoder.parameters()], [*model.norm.parameters(), *model.head.parameters()]
-    groups = []
-    for params, factors in ((encoder, recipe.encoder_lr), (rest, recipe.head_lr)):
-        phases = [(length, factor * recipe.lr) for length, factor in zip(recipe.phases, factors)]
-        for decay in (True, False):
-            own = [p for p in params if (p.ndim in (2, 4)) == decay]
-            groups.append({"params": own, "weight_decay": recipe.weight_decay * decay, "phases": phases})
-    return groups
+    groups = {}
+    for name, p in model.named_parameters():
+        factors = recipe.encoder_lr if name.startswith("encoder.") else recipe.head_lr
+        phases = tuple((length, factor * recipe.lr) for length, factor in zip(recipe.phases, factors))
+        groups.setdefault((phases, recipe.weight_decay * (p.ndim in (2, 4))), []).append(p)
+    return [{"params": params, "phases": phases, "weight_decay": decay}
+            for (phases, decay), params in groups.items()]
