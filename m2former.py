@@ -15,29 +15,32 @@ Where to find it:
   Sec. 3.3  CTT, Eq. 4-6         ClassTokenTransfer, M2Former.class_tokens, M2Former.interact
   Sec. 3.4  MSCA, Eq. 7          MSCA: Eq. 8-10 ChannelCrossAttention, Eq. 11-13 SpatialCrossAttention
   Sec. 3.5  Eq. 14-16            smooth_cross_entropy, M2Former.forward
-  Figures   4, 5, 6              figure_4, figure_5, figure_6
+  Figures   4; 5 and 6           figure_4; M2Former.figure, figures_5_6
 
 Where this differs from the paper
-  - Eq. 13 has no LayerNorm, residual or FFN, and no number of heads: as the authors' code, a pre-norm block
-    with both residuals, 8 heads, d = c_last.
   - Maps of an odd size: the last merged row or column averages fewer patches; k is at most the number of
     cells.
   - The rows of Table 3 without CCA or SCA have no code. Without SCA each stage attends to its own tokens,
     with the same weights (Eq. 6's MSA). Fewer stages keep their own k and alpha. More MSCA blocks have their
-    own weights. All are our reading, and so is everything on Swin-B and CvT-21 (448 pixels for CvT, not
-    stated).
+    own weights. Without class tokens the mean is over normed tokens. All are our reading, and so is
+    everything on Swin-B and CvT-21 (448 pixels for CvT, not stated).
   - Prediction: log(mean of the five softmax outputs); its argmax is that of Eq. 16, its softmax their mean.
   - Table 8's row of TransFG (91.7 large, 91.7 medium, 90.1 small, 91.3 in all) is another method's: not here.
+  - Figures 5 and 6 tint the patches and darken the rest, as the authors' code. Figure 6 shows the best patch
+    of stage 4; the paper, some.
 Where the paper and the authors' code differ
-  - k. Paper: {k1..k4} = {6, 18, 54, 162}. Code: the reverse, as the text wants (many small patches), and as
-    162 > 49 cells. We: code.
+  - k. Paper: {k1..k4} = {6, 18, 54, 162}, in Sec. 4.4.3 with 8 for 18. Code: {162, 54, 18, 6}, as the text
+    wants (many small patches), and as 162 > 49 cells. We: code.
   - Eq. 8 divides by k, Eq. 15 by n. Code: by k + 1 and n - 1, which makes a mean and a distribution. We:
     code.
+  - Eq. 13 has no LayerNorm, residual or FFN (Eq. 4 has the FFN), and no number of heads. Code: a pre-norm
+    block with both residuals, 8 heads, d = c_last. Eq. 5, 9, 11 and 13 have no biases, Sec. 3.5 no LayerNorm
+    before the classifiers; the code has. We: code.
   - Scores (Eq. 2) are taken before any LayerNorm, whose output has mean zero. Both of them; worth knowing.
   - Relative positions at 448. Code: the pretrained tables are dropped for new ones. We: interpolated;
     --rel-pos reinit is the code.
-  - Warm-up of 500 steps and clipping at 1.0 are the code's alone. Its scheduler steps first, so that update m
-    = 1..10000 has lr(m); ours, m = 0..9999.
+  - Warm-up of 500 steps, clipping at 1.0 and stochastic depth are the code's alone. Its scheduler steps
+    first, so that update m = 1..10000 has lr(m); ours, m = 0..9999.
   - Code: the best test score of 100 evaluations is kept. We: the last step.
   - BatchNorm (Eq. 5, 9): the code's three GPUs see 6, 6 and 4 images; one process sees all 16. With torchrun
     each process has its own statistics: two equal one only with --ctt mlp1 --no-cca --drop-path 0.
@@ -47,6 +50,8 @@ Where the paper and the authors' code differ
   python train.py table --method m2former --table 3 --data toy --seeds 0,1,2
   python train.py table --method m2former --table 6 --root DIR \\
       --row-weights "CvT-21=FILE" --row-weights "CvT-21 MSPS=FILE"      # CvT-21's weights are fetched by hand
+  python -c "import data, m2former as m
+  m.figure_4(data.load('cub', 'DIR', m.CUB).test, data.open_photo).save('figure_4.png')"
 """
 import math
 from collections import OrderedDict
@@ -55,7 +60,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torchvision.models import SwinTransformer
 from torchvision.ops import StochasticDepth
@@ -65,12 +70,11 @@ from common import Mlp, Table, opt
 
 MVIT = "https://dl.fbaipublicfiles.com/mvit/mvitv2_models/MViTv2_"
 SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-BACKBONES = {  # name -> official weights; no hashes are published
+BACKBONES = {  # name -> official weights; no hashes are published, L_in1k has other widths
     "mvitv2_tiny": f"{MVIT}T_in1k.pyth",  # ImageNet-1k, without a class token, as of small
     "mvitv2_small": f"{MVIT}S_in1k.pyth",
     "mvitv2_base": f"{MVIT}B_in21k.pyth",
     "mvitv2_large": f"{MVIT}L_in21k.pyth",
-    "mvitv2_large_in1k": f"{MVIT}L_in1k.pyth",  # the only one that widens in its MLPs
     "mvitv2_toy": "",  # our choice
     "swin_base": f"{SWIN}swin_base_patch4_window12_384_22k.pth",
     "cvt21": "",  # on Microsoft's OneDrive
@@ -114,27 +118,30 @@ RECIPES = {
 
 # -------------------------------------------------------------------------------------- tables
 
+PLAIN = {"msps": False}
+ONLY_MSPS = {"ctt": "attach", "cca": False, "sca": False}
+ONLY_CTT = {"cca": False, "sca": False}
 CVT_21 = {"backbone": "cvt21", "drop_path": 0.1}
 SWIN_B = {
     "backbone": "swin_base", "ctt": "pool", "image_size": (384, 384), "resize": (510, 510), "drop_path": 0.2,
 }
 TABLES = {
     "baseline": Table("M2Former and its plain backbone", "cub", "top1", (
-        ("plain MViTv2", {"msps": False}, 91.6),
+        ("plain MViTv2", PLAIN, 91.6),
         ("M2Former", {}, 92.4),
     )),
     "toy": Table("Modules on toy birds", "toy", "top1", (
-        ("plain MViTv2", {"msps": False}, None),
-        ("MSPS", {"ctt": "attach", "cca": False, "sca": False}, None),
-        ("MSPS + CTT", {"cca": False, "sca": False}, None),
+        ("plain MViTv2", PLAIN, None),
+        ("MSPS", ONLY_MSPS, None),
+        ("MSPS + CTT", ONLY_CTT, None),
         ("all", {}, None),
     )),
     "1": Table("Table 1: CUB", "cub", "top1", (("M2Former", {}, 92.4),)),
     "2": Table("Table 2: NABirds", "nabirds", "top1", (("M2Former", {}, 91.1),)),
     "3": Table("Table 3: modules", "cub", "top1", (
-        ("(a) MViTv2-B", {"msps": False}, 91.6),
-        ("(b) MSPS", {"ctt": "attach", "cca": False, "sca": False}, 91.6),
-        ("(c) MSPS + CTT", {"cca": False, "sca": False}, 92.1),
+        ("(a) MViTv2-B", PLAIN, 91.6),
+        ("(b) MSPS", ONLY_MSPS, 91.6),
+        ("(c) MSPS + CTT", ONLY_CTT, 92.1),
         ("(d) MSPS + CTT + CCA", {"sca": False}, 92.2),
         ("(e) MSPS + CTT + SCA", {"cca": False}, 92.1),
         ("(f) all", {}, 92.4),
@@ -152,9 +159,9 @@ TABLES = {
         ("7, 28, 112, 448", {"k": (448, 112, 28, 7)}, 92.1),
     )),
     "6": Table("Table 6: backbones", "cub", "top1", (
-        ("CvT-21", CVT_21 | {"msps": False}, 89.3),
+        ("CvT-21", CVT_21 | PLAIN, 89.3),
         ("CvT-21 MSPS", CVT_21, 90.0),
-        ("Swin-B", SWIN_B | {"msps": False}, 90.6),
+        ("Swin-B", SWIN_B | PLAIN, 90.6),
         ("Swin-B MSPS", SWIN_B, 91.3),
     )),
     "7": Table("Table 7: class tokens", "cub", "top1", (
@@ -164,7 +171,7 @@ TABLES = {
         ("CTT with 2 layers", {"ctt": "mlp2"}, 92.4),
     )),
     "8": Table("Table 8: stages (its TransFG is not ours)", "cub", "large medium small top1", (
-        ("none", {"msps": False}, (92.3, 91.8, 90.5, 91.6)),
+        ("none", PLAIN, (92.3, 91.8, 90.5, 91.6)),
         ("4", {"stages": (4,)}, (91.9, 91.7, 90.6, 91.5)),
         ("3, 4", {"stages": (3, 4)}, (92.9, 91.9, 90.8, 91.9)),
         ("2, 3, 4", {"stages": (2, 3, 4)}, (92.9, 92.4, 91.4, 92.3)),
@@ -194,11 +201,11 @@ def select_patches(tokens, k):
 
 
 class ClassTokenTransfer(nn.Sequential):
-    """The global class token in a stage's width (Eq. 5), by two layers or one: (B, c_last) -> (B, c_i)."""
+    """The global class token in a stage's width (Eq. 5); mlp1: Table 7. (B, c_last) -> (B, c_i)."""
 
-    def __init__(self, dim, dim_out, layers=2):
+    def __init__(self, dim, dim_out, kind="mlp2"):
         hidden = 2 * dim_out
-        if layers == 1:  # Table 7
+        if kind == "mlp1":
             super().__init__(nn.Linear(dim, dim_out))
         else:
             norm = nn.BatchNorm1d(hidden), nn.ReLU()
@@ -230,16 +237,16 @@ class SpatialCrossAttention(nn.Module):
     List of (B, N_i, c_i) -> the same shapes; N is the sum of all N_i.
     """
 
-    def __init__(self, dims, dim, heads=8, across=True):
+    def __init__(self, dims, dim, across=True):
         super().__init__()
-        self.heads, self.across = heads, across
+        self.across = across
         self.q, self.k, self.v = (nn.ModuleList(nn.Linear(c, dim) for c in dims) for _ in range(3))
         self.out = nn.ModuleList(nn.Linear(dim, c) for c in dims)
 
     def project(self, layers, tokens):
         """One of Q, K, V of every stage (Eq. 11), joined (Eq. 12) -> (B, h, N, d)."""
         joined = torch.cat([layer(t) for layer, t in zip(layers, tokens)], 1)
-        return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return joined.unflatten(2, (8, -1)).transpose(1, 2)  # 8 heads (authors' code)
 
     def forward(self, tokens, visit=None):
         """`visit(q, k)` is given the queries and keys (B, h, N, d)."""
@@ -277,10 +284,9 @@ class MSCA(nn.Module):
 
 def smooth_cross_entropy(logits, targets, alpha):
     """Cross-entropy, alpha on the true class, the rest on the others (Eq. 14-15): (B, n), (B,) -> scalar."""
-    log_p = logits.float().log_softmax(1)
-    true = log_p.gather(1, targets[:, None])[:, 0]
-    others = (log_p.sum(1) - true) / (logits.shape[1] - 1)  # paper: / n, which does not sum to 1
-    return -(alpha * true + (1 - alpha) * others).mean()
+    other = (1 - alpha) / (logits.shape[1] - 1)  # paper: / n, which does not sum to 1
+    soft = torch.full_like(logits, other, dtype=torch.float32).scatter(1, targets[:, None], alpha)  # Eq. 15
+    return F.cross_entropy(logits.float(), soft)
 
 
 # -------------------------------------------------------------------------------------- model
@@ -294,14 +300,16 @@ class M2Former(nn.Module):
         self.recipe = recipe
         self.backbone = make_backbone(recipe, 0 if recipe.msps else num_classes)
         dims, stages = self.backbone.dims, len(self.backbone.dims)
-        check(recipe, stages)
-        self.chosen = sorted({s - 1 for s in recipe.stages if s <= stages})  # 0-based
+        self.chosen = [s for s in range(stages) if s + 1 in recipe.stages]  # 0-based
+        check(recipe, self.chosen, stages)
+        *alpha, con = recipe.alpha[-stages - 1 :]
+        self.alpha = {"y": con}  # of each classifier
         if not recipe.msps:
             return
+        self.alpha = {f"y{s + 1}": alpha[s] for s in self.chosen} | {"con": con}
         widths = [dims[s] for s in self.chosen]
-        layers = {"mlp2": 2, "mlp1": 1}.get(recipe.ctt)
-        lower = [dims[s] for s in self.chosen if layers and s < stages - 1]
-        self.ctt = nn.ModuleList(ClassTokenTransfer(dims[-1], c, layers) for c in lower)
+        lower = [dims[s] for s in self.chosen if "mlp" in recipe.ctt and s < stages - 1]
+        self.ctt = nn.ModuleList(ClassTokenTransfer(dims[-1], c, recipe.ctt) for c in lower)
         self.msca = nn.ModuleList(
             MSCA(widths, dims[-1], recipe.cca, recipe.sca) for _ in range(recipe.num_msca)
         )
@@ -309,20 +317,20 @@ class M2Former(nn.Module):
         self.stage_heads = nn.ModuleList(nn.Linear(c, num_classes) for c in widths).apply(trunc_normal)
         self.head_con = nn.Linear(sum(widths), num_classes).apply(trunc_normal)
 
-    def select(self, taps, size):
+    def select(self, images):
         """MSPS at the chosen stages (Eq. 1-3), finest first.
 
-        -> lists of patches (B, k, C), best first, and of boxes (B, k, 4), xyxy in an image of size (H, W).
+        -> the backbone's stages, patches (B, k, C) of each, best first, their boxes (B, k, 4) in the images.
         """
-        patches, boxes = [], []
+        (H, W), taps, patches, boxes = images.shape[2:], self.backbone.stages(images), [], []
         for s in self.chosen:
             maps = merge_patches(taps[s][0], self.recipe.merge)
             best, cells = select_patches(maps.flatten(2).transpose(1, 2), self.recipe.k[s])
             grid, side = maps.shape[2:], 4 * 2**s * self.recipe.merge  # of merged patches; of one, in pixels
             found = common.cells_to_boxes(cells, grid, [n * side for n in grid])
             patches.append(best)
-            boxes.append(found.minimum(found.new_tensor(size[::-1] * 2)))  # an odd grid reaches over the edge
-        return patches, boxes
+            boxes.append(found.minimum(found.new_tensor([W, H, W, H])))  # an odd grid reaches over the edge
+        return taps, patches, boxes
 
     def class_tokens(self, taps):
         """The class token of each chosen stage: list of (B, 1, c_i), finest first; pool: (B, 0, c_i)."""
@@ -337,33 +345,26 @@ class M2Former(nn.Module):
             tokens = block(tokens, visit)
         return tokens
 
-    def classify(self, images):
-        """Logits of each classifier (Sec. 3.5): y1 .. y4 of chosen stages, con; of the plain backbone y."""
+    def heads(self, images):
+        """Logits (B, K) of each classifier (Sec. 3.5), y1 .. y4 and con, and of all; plain backbone: of y."""
         if not self.recipe.msps:
             return {"y": self.backbone(images)}
-        taps = self.backbone.stages(images)
-        patches, _ = self.select(taps, images.shape[2:])
+        taps, patches, _ = self.select(images)
         tokens = [norm(t) for norm, t in zip(self.norms, self.interact(taps, patches))]
         features = [t.mean(1) if self.recipe.ctt == "pool" else t[:, 0] for t in tokens]
-        logits = {f"y{s + 1}": head(f) for s, head, f in zip(self.chosen, self.stage_heads, features)}
-        return logits | {"con": self.head_con(torch.cat(features, 1))}
-
-    def heads(self, images):
-        """Logits of each classifier and of all together (Eq. 16) -> dict of (B, K)."""
-        logits = self.classify(images)
-        return logits | {"all": common.fuse(list(logits.values()))} if self.recipe.msps else logits
+        logits = [head(f) for head, f in zip(self.stage_heads, features)]
+        logits.append(self.head_con(torch.cat(features, 1)))
+        return dict(zip(self.alpha, logits), all=common.fuse(logits))  # Eq. 16
 
     def forward(self, images, targets=None):
         """(B, 3, H, W) -> logits (B, K); with targets (B,): the loss (Eq. 14), and its terms."""
         logits = self.heads(images)
-        answer = logits.pop("all") if self.recipe.msps else logits["y"]
+        answer = logits["all" if self.recipe.msps else "y"]
         if targets is None:
             return answer
-        *alpha, con = self.recipe.alpha[-len(self.backbone.dims) - 1 :]
-        alpha = [alpha[s] for s in self.chosen] + [con]  # the plain backbone's y has that of con
-        losses = [smooth_cross_entropy(y, targets, a) for y, a in zip(logits.values(), alpha[-len(logits) :])]
-        terms = dict(zip(logits, (loss.detach() for loss in losses)))
-        return sum(losses), terms | {"top1": (answer.argmax(1) == targets).float().mean()}
+        losses = {name: smooth_cross_entropy(logits[name], targets, a) for name, a in self.alpha.items()}
+        terms = {name: loss.detach() for name, loss in losses.items()}
+        return sum(losses.values()), terms | {"top1": (answer.argmax(1) == targets).float().mean()}
 
     def where(self, images):
         """Selected patches, coarsest stage first: boxes (B, n, 4), mean activations (B, n), falling by stage.
@@ -371,7 +372,7 @@ class M2Former(nn.Module):
         Selection has no weights, so the plain backbone (msps=False) answers too.
         """
         common.check_images(images, self.recipe.image_size)
-        patches, boxes = self.select(self.backbone.stages(images), images.shape[2:])
+        _, patches, boxes = self.select(images)
         return torch.cat(boxes[::-1], 1), torch.cat([p.float().mean(2) for p in patches[::-1]], 1)
 
     def attention(self, taps, patches):
@@ -384,23 +385,21 @@ class M2Former(nn.Module):
 
     def figure(self, images):
         """Figure 5 of each image, below it Figure 6 where stages attend to each other: list of PIL images."""
-        taps, pages = self.backbone.stages(images), []
-        patches, boxes = self.select(taps, images.shape[2:])
-        across = self.recipe.msps and self.recipe.sca and len(patches) > 1
-        attention = self.attention(taps, patches) if across else []
+        taps, patches, boxes = self.select(images)
+        attention = []
+        if self.recipe.msps and self.recipe.sca and len(patches) > 1:
+            attention = self.attention(taps, patches)
         names = [f"stage {s + 1}" for s in self.chosen]
+        pages = []
         for i, image in enumerate(images):
-            photo, found = common.to_pil(image, self.recipe.normalize), [b[i] for b in boxes]
-            rows = [figure_5(photo, found, names)]
-            if across:
-                rows.append(figure_6(photo, found, names, [a[i] for a in attention]))
-            pages.append(common.stack(rows))
+            photo, own = common.to_pil(image, self.recipe.normalize), [b[i] for b in boxes[::-1]]
+            pages.append(figures_5_6(photo, names[::-1], own, [a[i] for a in attention[::-1]]))
         return pages
 
 
-def check(recipe, stages):
+def check(recipe, chosen, stages):
     """Refuse switches that do not fit a backbone of so many stages, or its class tokens."""
-    if min(recipe.stages, default=9) > stages or len(recipe.k) < stages or len(recipe.alpha) <= stages:
+    if not chosen or len(recipe.k) < stages or len(recipe.alpha) <= stages:
         given = f"--stages {recipe.stages} --k {recipe.k} --alpha {recipe.alpha}"
         wanted = f"some of stages 1 to {stages}, {stages} numbers for --k, {stages + 1} for --alpha"
         raise ValueError(f"{given}: {recipe.backbone} wants {wanted}")
@@ -417,41 +416,38 @@ def check(recipe, stages):
 def paint(photo, boxes, colour, strength):
     """A darkened photo with boxes (k, 4) tinted in a colour, by strengths (k,) in [0, 1] -> PIL image."""
     mask = Image.new("L", photo.size)
-    for (x1, y1, x2, y2), s in zip(boxes.tolist(), strength.tolist()):
-        ImageDraw.Draw(mask).rectangle((x1, y1, x2 - 1, y2 - 1), fill=round(255 * s))
+    for box, s in zip(boxes.int().tolist(), strength.tolist()):
+        mask.paste(round(255 * s), tuple(box))
     tinted = Image.blend(photo, Image.new("RGB", photo.size, colour), 0.25)
     return Image.composite(tinted, photo.point(lambda value: value / 3), mask)
 
 
-def figure_4(boxes, photo, columns=4):
-    """Large, medium and small objects, a row each; boxes (n, 4) of all objects, photo(i) -> PIL image.
-
-    Of a dataset: figure_4(split.boxes, lambda i: data.open_photo(split.paths[i])).
-    """
-    order = (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort()
-    n, rows = len(order) // 4, []  # the quartiles of the areas (Sec. 4.5.2)
-    for name, own in ("large", order[-n:]), ("medium", order[n:-n]), ("small", order[:n]):
-        photos = [common.draw_boxes(photo(i), boxes[i : i + 1]) for i in own[:columns]]
-        rows.append(common.panels(photos, [name] * columns))
+def figure_4(split, open_photo):
+    """Large, medium and small objects of a Split with boxes, a row each; open_photo(path, upright) -> PIL."""
+    order = np.prod(split.boxes[:, 2:] - split.boxes[:, :2], 1).argsort()[::-1]
+    quarter, rows = len(order) // 4, []  # quartiles (Sec. 4.5.2)
+    for name, own in zip(("large", "medium", "small"), np.split(order, [quarter, -quarter])):
+        shown = own[len(own) // 2 :][:4]
+        photos = [open_photo(split.paths[i], split.upright) for i in shown]
+        photos = [common.draw_boxes(photo, split.boxes[i : i + 1]) for photo, i in zip(photos, shown)]
+        rows.append(common.panels(photos, 4 * [name]))
     return common.stack(rows)
 
 
-def figure_5(photo, boxes, names):
-    """The photo, then the selected patches in red, coarsest stage first; boxes: (k, 4) each, finest first."""
-    painted = [paint(photo, found, "red", torch.ones(len(found))) for found in boxes[::-1]]
-    return common.panels([photo] + painted, ["input"] + names[::-1])
+def figures_5_6(photo, names, boxes, attention):
+    """Figure 5: the photo and, coarsest first, each stage's selected patches, boxes (k, 4), in red.
 
-
-def figure_6(photo, boxes, names, attention):
-    """The photo, the best patch of the coarsest stage in red, and the patches of the finer stages in orange.
-
-    attention: list of (k,), that of the best patch to each; the brightest is the strongest of its stage.
+    Figure 6 below it: the coarsest stage's best patch in red, and the other stages' in orange, as bright as
+    the attention (k,) that it pays to each, relative to the strongest of the stage.
     """
-    painted = [paint(photo, boxes[-1][:1], "red", torch.ones(1))]
-    for found, weights in zip(boxes[-2::-1], attention[-2::-1]):
-        painted.append(paint(photo, found, "orange", weights / weights.max()))
-    captions = [f"a patch of {names[-1]}"] + [f"its attention, {name}" for name in names[-2::-1]]
-    return common.panels([photo] + painted, ["input"] + captions)
+    red = [paint(photo, own, "red", torch.ones(len(own))) for own in boxes]
+    rows = [common.panels([photo, *red], ["input", *names])]
+    if attention:
+        patch = paint(photo, boxes[0][:1], "red", torch.ones(1))
+        orange = [paint(photo, own, "orange", a / a.max()) for own, a in zip(boxes[1:], attention[1:])]
+        captions = [f"a patch of {names[0]}", *(f"its attention, {name}" for name in names[1:])]
+        rows.append(common.panels([patch, *orange], captions))
+    return common.stack(rows)
 
 
 # -------------------------------------------------------------------------------------- MViTv2
@@ -473,7 +469,7 @@ class Backbone(nn.Module):
 
 def split_tokens(tokens, grid):
     """Tokens (B, N, C) -> class token (B, 1 or 0, C) and patches as a map (B, C, *grid), channels_last."""
-    first = tokens.shape[1] - grid[0] * grid[1]
+    first = tokens.shape[1] - math.prod(grid)
     return tokens[:, :first], tokens[:, first:].transpose(1, 2).unflatten(2, grid)
 
 
@@ -507,7 +503,7 @@ def distances(table, queries, keys):
 
 def position_products(q, tables, q_grid, k_grid):
     """Queries (B, h, N, d) times both tables -> (B, h, N, kh), (B, h, N, kw); 0 for the class token."""
-    class_token = q.shape[2] - q_grid[0] * q_grid[1]
+    class_token = q.shape[2] - math.prod(q_grid)
     patches = q[:, :, class_token:].unflatten(2, q_grid)
     rows, columns = (distances(table, a, b) for table, a, b in zip(tables, q_grid, k_grid))
     by_row = torch.einsum("bnyxd,yvd->bnyxv", patches, rows)
@@ -576,62 +572,53 @@ class PoolingAttention(nn.Module):
 class Block(nn.Module):
     """Transformer block: tokens (B, N, dim) of a grid -> (B, N', dim_out) and their grid.
 
-    attn: width dim to dim_att; may pool the queries by `stride`. Where a width grows, so does the skip path.
+    attn: from dim to dim_out; may pool the queries by `stride`. Where the width grows, so does the skip path.
     """
 
-    def __init__(self, attn, dim, dim_att, dim_out, drop_path, stride=1, eps=1e-6, activation=F.gelu):
+    def __init__(self, attn, dim, dim_out, drop_path, stride=1, eps=1e-6, activation=F.gelu):
         super().__init__()
-        self.stride, self.widen_att, self.widen_mlp = stride, dim_att != dim, dim_out != dim_att
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim_att, eps)
-        self.attn, self.mlp = attn, Mlp(dim_att, 4 * dim_att, dim_out, activation)
-        if dim_out != dim:
-            self.proj = nn.Linear(dim, dim_out)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim_out, eps)
+        self.attn, self.mlp = attn, Mlp(dim_out, 4 * dim_out, activation=activation)
+        self.proj = nn.Linear(dim, dim_out) if dim_out != dim else None
+        self.stride, self.drop_path = stride, StochasticDepth(drop_path, "row")
 
     def forward(self, x, grid):
         u = self.norm1(x)
         attended, q_grid = self.attn(u, grid)
-        skip = self.proj(u) if self.widen_att else x
+        skip = self.proj(u) if self.proj else x
         if self.stride > 1:
             class_token, maps = split_tokens(skip, grid)
             skip = join_tokens(class_token, F.max_pool2d(maps, 3, self.stride, 1))
         x = skip + self.drop_path(attended)
-        u = self.norm2(x)
-        return (self.proj(u) if self.widen_mlp else x) + self.drop_path(self.mlp(u)), q_grid
+        return x + self.drop_path(self.mlp(self.norm2(x))), q_grid
 
 
 class MViTv2(Backbone):
     """MViTv2 under the official parameter names. num_classes=0: no final norm and no head, for stages() only.
 
     depths: blocks in each stage; dim, heads: of the first stage, both double from stage to stage; drop_path:
-    of the last block; widen: widths grow in a stage's first "attention", or in the last "mlp" before.
+    of the last block.
     """
 
     def __init__(self, depths, dim, heads, image_size, num_classes, class_token=True, drop_path=0.0,
-                 attention="auto", widen="attention"):
+                 attention="auto"):
         super().__init__()
-        H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if H % 4 or W % 4:
-            raise ValueError(f"image size {H}x{W}: MViTv2's patches have stride 4; give multiples of 4")
-        widths = [dim * 2**s for s in range(len(depths))]
-        self.dims = widths if widen == "attention" else widths[1:] + widths[-1:]  # of the outputs
+        self.dims = [dim * 2**s for s in range(len(depths))]
+        self.ends = np.cumsum(depths).tolist()  # how many blocks there are up to the end of each stage
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, 4, 3)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        self.blocks, self.ends = nn.ModuleList(), []  # the last block of each stage
-        grid, width, kv_stride = (H // 4, W // 4), dim, 4
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        for stage, depth in enumerate(depths):
-            for b in range(depth):
-                stride, dim_att = 2 if stage and b == 0 else 1, widths[stage]
-                kv_stride = max(1, kv_stride // stride)
-                attn = PoolingAttention(width, dim_att, heads * 2**stage, stride, kv_stride, grid, attention)
-                dim_out = self.dims[stage] if b == depth - 1 else dim_att
-                self.blocks.append(Block(attn, width, dim_att, dim_out, next(rates), stride))
-                grid, width = [-(-side // stride) for side in grid], dim_out
-            self.ends.append(len(self.blocks) - 1)
+        self.blocks, before = nn.ModuleList(), 0
+        stages = [s for s, depth in enumerate(depths) for _ in range(depth)]
+        for stage, rate in zip(stages, np.linspace(0, drop_path, len(stages))):
+            width, dim_out, stride = self.dims[before], self.dims[stage], 2 if stage > before else 1
+            grid = [-(-side // (4 * 2**before)) for side in image_size]  # rounded up, as convolutions do
+            strides = stride, max(1, 4 // 2**stage)  # of queries; of keys and values
+            attn = PoolingAttention(width, dim_out, heads * 2**stage, *strides, grid, attention)
+            self.blocks.append(Block(attn, width, dim_out, rate, stride))
+            before = stage
         if num_classes:
-            self.norm = nn.LayerNorm(width, eps=1e-6)
-            self.head = nn.Sequential(OrderedDict(projection=nn.Linear(width, num_classes)))
+            self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6)
+            self.head = nn.Sequential(OrderedDict(projection=nn.Linear(self.dims[-1], num_classes)))
         self.apply(trunc_normal)
         for name, p in self.named_parameters():
             if name == "cls_token" or "rel_pos" in name:
@@ -640,7 +627,7 @@ class MViTv2(Backbone):
     def stages(self, images):
         maps = self.patch_embed(images)
         x, grid, taps = join_tokens(self.cls_token, maps), maps.shape[2:], []  # a class token has no position
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks, 1):
             x, grid = block(x, grid)
             if i in self.ends:
                 taps.append(split_tokens(x, grid)[::-1])
@@ -652,15 +639,13 @@ VARIANTS = {  # depths, dim, heads
     "small": ((1, 2, 11, 2), 96, 1),
     "base": ((2, 3, 16, 3), 96, 1),
     "large": ((2, 6, 36, 4), 144, 2),
-    "large_in1k": ((2, 6, 36, 4), 144, 2),
     "toy": ((1, 1, 2, 1), 16, 1),
 }
 
 
 def mvitv2(variant, image_size, num_classes, class_token=True, drop_path=0.0, attention="auto"):
     """MViTv2 of a published size."""
-    widen = "mlp" if variant == "large_in1k" else "attention"
-    return MViTv2(*VARIANTS[variant], image_size, num_classes, class_token, drop_path, attention, widen)
+    return MViTv2(*VARIANTS[variant], image_size, num_classes, class_token, drop_path, attention)
 
 
 # -------------------------------------------------------------------------------------- Swin-B and CvT-21
@@ -722,9 +707,9 @@ class ConvStage(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": conv, "norm": nn.LayerNorm(dim)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim)) if class_token else None
         self.blocks = nn.ModuleList()
-        for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist():
+        for rate in np.linspace(0, drop_path, depth):
             attn = ConvAttention(dim, dim // 64)
-            self.blocks.append(Block(attn, dim, dim, dim, rate, 1, 1e-5, quick_gelu))
+            self.blocks.append(Block(attn, dim, dim, rate, 1, 1e-5, quick_gelu))
 
     def forward(self, maps):
         maps = self.patch_embed["proj"](maps)
@@ -769,74 +754,62 @@ def make_backbone(recipe, num_classes):
 
 # -------------------------------------------------------------------------------------- building
 
-POSITIONS = ("rel_pos_h", "rel_pos_w", "relative_position_bias_table")
-
 
 def build(recipe, num_classes):
     """The model with its weights: none, the official ones, or a file of a backbone or of an M2Former.
 
-    Raises ValueError for settings that do not fit each other and for weights that do not fit the model.
+    Heads may differ, position tables are resized or drawn anew. Raises ValueError for settings that do not
+    fit each other and for weights that do not fit the model.
     """
     common.check_build(recipe, Recipe, num_classes)
-    model = M2Former(recipe, num_classes)
-    if recipe.weights != "none":
-        load_weights(model, recipe)
-    return model
-
-
-def load_weights(model, recipe):
-    """Fill the backbone from an official file or a plain run of ours, or the whole model from one of ours.
-
-    Heads may differ, position tables are resized or drawn anew.
-    """
-    source = recipe.weights if recipe.weights != "default" else BACKBONES[recipe.backbone]
+    model, source = M2Former(recipe, num_classes), recipe.weights
+    if source == "none":
+        return model
+    source = BACKBONES[recipe.backbone] if source == "default" else source
     if not source:
         raise ValueError(f"--weights default: {recipe.backbone} has no file to download; give one, or none")
-    state = swin_names(common.read_state(common.fetch(source) if source.startswith("http") else source))
+    state = common.read_state(common.fetch(source) if source.startswith("http") else source)
     target, heads = model, ("stage_heads.", "head_con.")
     if "head_con.weight" not in state:  # of a backbone; M2Former drops its norm and head (authors' code)
         target, heads = model.backbone, ("norm.", "head.", "cls_token", "stage2.cls_token")
         state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-    common.load_state(target, fit_positions(state, target.state_dict(), recipe.rel_pos), heads, source)
+    own = target.state_dict()
+    if recipe.backbone == "swin_base":
+        state = swin_names(state, own)
+    common.load_state(target, fit_positions(state, own, recipe.rel_pos), heads, source)
+    return model
 
 
-def swin_names(state):
-    """Microsoft's names of Swin's weights -> torchvision's; files of others pass."""
-    if not any(name.startswith("layers.") for name in state):
-        return state
-    renamed = {}
+def swin_names(state, own):
+    """Microsoft's names of Swin's weights -> torchvision's; the window's constants are the model's."""
+    names = {"patch_embed.proj": "features.0.0", "patch_embed.norm": "features.0.2"}
+    names |= {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+    for i in range(4):
+        names[f"layers.{i}.blocks"] = f"features.{2 * i + 1}"
+        names[f"layers.{i}.downsample"] = f"features.{2 * i + 2}"
+    constants = "attn_mask", "relative_position_index"
+    renamed = {name: tensor for name, tensor in own.items() if name.endswith(constants)}
     for name, tensor in state.items():
-        for i in range(4):
-            name = name.replace(f"layers.{i}.blocks", f"features.{2 * i + 1}")
-            name = name.replace(f"layers.{i}.downsample", f"features.{2 * i + 2}")
-        name = name.replace("patch_embed.proj", "features.0.0").replace("patch_embed.norm", "features.0.2")
-        name = name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3")
-        if not name.endswith(("attn_mask", "relative_position_index")):  # constants
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith(constants):
             renamed[name] = tensor
     return renamed
 
 
 def fit_positions(state, own, how):
-    """Position tables of a file in the sizes of `own`: linearly, Swin's bicubically; reinit: own ones."""
-    fitted = state | {name: index for name, index in own.items() if name.endswith("relative_position_index")}
+    """MViTv2's position tables of a file in the sizes of `own`: interpolated, or its new ones (reinit)."""
+    fitted = dict(state)
     for name in state.keys() & own.keys():
-        old, new = state[name].float(), own[name]
-        if not name.endswith(POSITIONS) or old.shape[1:] != new.shape[1:] or len(old) == len(new):
-            continue
-        if how == "reinit":
-            fitted[name] = new
-        elif name.endswith(("rel_pos_h", "rel_pos_w")):
-            fitted[name] = resize_rel_pos(old, len(new))
-        elif (side := math.isqrt(len(old))) ** 2 == len(old):  # of a window: (side * side, heads)
-            maps = old.T.unflatten(1, (side, side))[None]
-            maps = F.interpolate(maps, size=[math.isqrt(len(new))] * 2, mode="bicubic", align_corners=False)
-            fitted[name] = maps[0].flatten(1).T
+        old, new = state[name], own[name]
+        if "rel_pos" in name and old.shape[1:] == new.shape[1:] and len(old) != len(new):
+            fitted[name] = new if how == "reinit" else resize_rel_pos(old.float(), len(new))
     return fitted
 
 
 def param_groups(model, recipe):
     """Weight decay (the paper's is 0) on matrices and kernels only, not on tokens and position tables."""
-    decayed, plain = [], []
+    decayed, plain, tables = [], [], ("cls_token", "rel_pos_h", "rel_pos_w", "relative_position_bias_table")
     for name, p in model.named_parameters():
-        (plain if p.dim() < 2 or name.endswith(("cls_token", *POSITIONS)) else decayed).append(p)
+        (plain if p.dim() < 2 or name.endswith(tables) else decayed).append(p)
     return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
