@@ -414,16 +414,10 @@ def draw_boxes(image, boxes, labels=(), colours=COLOURS, width=2):
 
 def stack(pages, across=False):
     """PIL images one under the other, or side by side, on white -> PIL image."""
-    x = y = 0
-    corners = []
-    for page in pages:
-        corners.append((x, y))
-        x, y = (x + page.width + GAP, 0) if across else (0, y + page.height + GAP)
-    size = [max(at[i] + page.size[i] for at, page in zip(corners, pages)) for i in (0, 1)]
-    whole = Image.new("RGB", size, "white")
-    for at, page in zip(corners, pages):
-        whole.paste(page, at)
-    return whole
+    w, h = (max(page.size[side] for page in pages) for side in (0, 1))
+    room = lambda page: (0, 0, GAP, h - page.height) if across else (0, 0, w - page.width, GAP)
+    whole = np.concatenate([ImageOps.expand(page, room(page), "white") for page in pages], int(across))
+    return Image.fromarray(whole[:, :-GAP] if across else whole[:-GAP])
 
 
 def headed(image, text, colour="black"):
