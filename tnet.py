@@ -217,14 +217,10 @@ RECIPES = {
 }
 
 
-def at(locations, **changes):
-    """Overrides of a row that evaluates the training of other rows with these locations."""
-    return {"eval": {"locations": locations, **changes}}
-
-
 def by_locations(name, papers, changes={}, **evaluation):
     """Rows of one training evaluated with other numbers of locations; papers: {number: the paper's value}."""
-    return [(f"{name}, {k} locations", changes | at(k, **evaluation), paper) for k, paper in papers.items()]
+    return [(f"{name}, {k} locations", changes | {"eval": {"locations": k, **evaluation}}, paper)
+            for k, paper in papers.items()]
 
 
 def figure_3(data, training):
@@ -253,7 +249,7 @@ TABLES = {
         ("EfficientNet-B0, 896", _fmow_en896, 70.6),
         *by_locations("TNet, 448", {"0": 47.79, "1": 70.17, "2": 71.46, "3": 71.57}),
         ("TNet, 896, 4 locations", _from_448, 72.16),
-        ("TNet, 896, 6 locations", _from_448 | at("2x2"), 71.92),
+        ("TNet, 896, 6 locations", _from_448 | {"eval": {"locations": "2x2"}}, 71.92),
     )),
     "fig3": figure_3("cub", ({}, {}, {}, {}, {"epochs": 125})),
     "fig3-nabirds": figure_3("nabirds", ({}, {}, {}, {"locations": "3"}, {"locations": "3"})),
@@ -261,7 +257,7 @@ TABLES = {
         *by_locations("TNet, no context", {"2": 67.95, "3": 69.66, "5": 71.05}, use_context=False),
     )),
     "5.4-fmow": Table("Share of the image that is looked at on fMoW (Sec. 5.4)", "fmow", "coverage", (
-        ("TNet, 448, 2 locations", at("2"), None),
+        ("TNet, 448, 2 locations", {}, None),
         ("TNet, 896, 4 locations", _from_448, 37.91),  # at level 3 under 12.5
     )),
     "5.5": Table("Per-feature regularisation on ImageNet (Sec. 5.5)", "imagenet", "top1", (
@@ -285,7 +281,7 @@ TABLES = {
 
 
 def gumbel_top_k(logits, k):
-    """Sample k of K cells without replacement (Sec. 3.1): logits (B, K) -> cells (B, k) as they are drawn.
+    """Sample k of K cells without replacement (Sec. 3.1): logits (..., K) -> cells (..., k), in their order.
 
     The k largest of logits + Gumbel noise are distributed as k draws, each from the softmax of what is left.
     """
@@ -294,11 +290,14 @@ def gumbel_top_k(logits, k):
 
 
 def plackett_luce_log_prob(logits, cells):
-    """log p(l|x, w) of Eq. 1 for cells drawn in this order without replacement: (B, K), (B, k) -> (B,)."""
-    draws = F.one_hot(cells, logits.shape[-1])  # (B, k, K)
-    gone = (draws.cumsum(1) - draws).bool()  # before each draw, the cells that earlier draws took
-    left = logits[:, None].masked_fill(gone, -torch.inf).logsumexp(-1)  # (B, k)
-    return (logits.gather(1, cells) - left).sum(1)
+    """log p(l|x, w) of Eq. 1 for cells drawn in this order without replacement.
+
+    Logits (..., K), cells (..., k) -> (...).
+    """
+    draws = F.one_hot(cells, logits.shape[-1])  # (..., k, K)
+    gone = (draws.cumsum(-2) - draws).bool()  # before each draw, the cells that earlier draws took
+    left = logits[..., None, :].masked_fill(gone, -torch.inf).logsumexp(-1)  # (..., k)
+    return (logits.gather(-1, cells) - left).sum(-1)
 
 
 # ------------------------------------------------------------------------------- cropping cells (Sec. 5.1)
@@ -336,47 +335,45 @@ def crop(images, boxes, size, margin):
 leaky = partial(F.leaky_relu, negative_slope=0.2, inplace=True)  # TensorFlow's slope
 
 
-class Coordinates(nn.Module):
-    """Append each cell's row and column, from -1 to 1, scaled and shifted: (B, C, n, n) -> C + 2."""
+class Location(nn.Module):
+    """What both location modules end with: features (B, C, n, n) of the cells -> logits (B, n * n)."""
 
-    def __init__(self):
+    def __init__(self, inputs, width):
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+        self.coordinates = nn.ParameterDict({"scale": torch.ones(2), "shift": torch.zeros(2)})
+        self.hidden = nn.Conv2d(inputs + 2, width, 1)
+        self.logit = nn.Conv2d(width, 1, 1)
 
-    def forward(self, x):
+    def score(self, x, activation):
+        """Each cell's row and column, from -1 to 1, scaled and shifted, join its features."""
         line = torch.linspace(-1, 1, x.shape[2], device=x.device)
-        places = torch.cartesian_prod(line, line) * self.scale + self.shift  # (n * n, 2)
-        return torch.cat((x, places.T.reshape(2, *x.shape[2:]).expand(len(x), -1, -1, -1)), 1)
+        places = torch.cartesian_prod(line, line) * self.coordinates.scale + self.coordinates.shift
+        x = torch.cat((x, places.T.reshape(2, *x.shape[2:]).expand(len(x), -1, -1, -1)), 1)
+        return self.logit(activation(self.hidden(x))).flatten(1)
 
 
-class LocationConcat(nn.Module):
+class LocationConcat(Location):
     """Location module of BagNet: the context V beside F. (B, C, n, n), (B, D) -> logits (B, n * n)."""
 
     def __init__(self, map_channels, channels):
-        super().__init__()
-        self.coordinates = Coordinates()
-        self.hidden = nn.Conv2d(map_channels + channels + 2, channels, 1)
-        self.logit = nn.Conv2d(channels, 1, 1)
+        super().__init__(map_channels + channels, channels)
 
     def forward(self, F_map, V):
-        x = torch.cat((F_map, V[:, :, None, None].expand(-1, -1, *F_map.shape[2:])), 1)
-        return self.logit(leaky(self.hidden(self.coordinates(x)))).flatten(1)
+        context = V[:, :, None, None].expand(-1, -1, *F_map.shape[2:])
+        return self.score(torch.cat((F_map, context), 1), leaky)
 
 
-class LocationSqueezeExcite(nn.Module):
+class LocationSqueezeExcite(Location):
     """Location module of EfficientNet: context by squeeze-and-excitation over the grid, not by V."""
 
     def __init__(self, map_channels):
-        super().__init__()
+        super().__init__(map_channels, map_channels)
         self.reduce = nn.Conv2d(map_channels, map_channels, 1)
-        self.context = torchvision.ops.SqueezeExcitation(map_channels, map_channels // 2, activation=nn.SiLU)
-        self.coordinates = Coordinates()
-        self.hidden = nn.Conv2d(map_channels + 2, map_channels, 1)
-        self.logit = nn.Conv2d(map_channels, 1, 1)
+        self.context = torchvision.ops.SqueezeExcitation(
+            map_channels, map_channels // 2, activation=nn.SiLU)
 
     def forward(self, F_map, V):
-        x = self.context(F.silu(self.reduce(F_map)))
-        return self.logit(F.silu(self.hidden(self.coordinates(x)))).flatten(1)
+        return self.score(self.context(F.silu(self.reduce(F_map))), F.silu)
 
 
 def positional_encoding(places, dim):
@@ -434,18 +431,14 @@ class Classifier(nn.Linear):
 
 
 class Views(NamedTuple):
-    """The m views of B images on one level, or on all levels one after the other, the whole image first.
+    """The N views of B images: the whole image first, then level by level what was attended to."""
 
-    On each level but the first they are chosen from g grids of K cells.
-    """
-
-    vectors: torch.Tensor  # (B, m, C): V; V' when the traversal is over
-    places: torch.Tensor  # (B, m, 3): y, x, s
-    boxes: torch.Tensor  # (B, m, 4): xyxy in pixels of the image, may reach outside
-    reached: torch.Tensor  # (B, m): probability of the cell times that of the cells it lies in
-    log_probs: torch.Tensor  # (B, m): log p(l_k|x, w) of Eq. 3b, in its own grid; 0 for the whole image
-    choices: torch.Tensor  # (B, g): log-probability of all cells chosen in a grid; their sum is log p(l|x, w)
-    policies: torch.Tensor  # (B, g, K): probabilities of all cells of a grid
+    vectors: torch.Tensor  # (B, N, C): V'
+    places: torch.Tensor  # (B, N, 3): y, x, s
+    boxes: torch.Tensor  # (B, N, 4): xyxy in pixels of the image, may reach outside
+    reached: torch.Tensor  # (B, N): probability of the cell times that of the cells it lies in
+    # for each level but the last, of its g grids: logits (B, g, K), chosen cells (B, g, k), log p(l_k|x, w)
+    choices: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class TNet(nn.Module):
@@ -479,45 +472,41 @@ class TNet(nn.Module):
         return r.logit_scale * (F.normalize(logits, dim=-1) if r.normalize_logits else logits)
 
     def choose(self, logits, k):
-        """k cells of each grid, (n, K) -> (n, k): sampled in training, the most probable in evaluation."""
+        """k cells of each grid, (..., K) -> (..., k): sampled in training, else the most probable."""
         r = self.recipe
         if r.policy == "fixed":
-            return torch.tensor(r.fixed_cells[:k], device=logits.device).expand(len(logits), k)
+            return torch.tensor(r.fixed_cells[:k], device=logits.device).expand(*logits.shape[:-1], k)
         if r.policy == "random" or (self.training and r.select == "sample"):
             return gumbel_top_k(logits, k)
-        return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # of equals the first
+        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # of equals the first
 
     def traverse(self, images):
-        """Processing flow (Sec. 3.1, Fig. 2): images (B, 3, H, W) -> all Views."""
-        r, n = self.recipe, self.recipe.grid
+        """Processing flow (Sec. 3.1, Fig. 2): images (B, 3, H, W) -> Views."""
+        r, n, margin, (B, _, height, width) = self.recipe, self.recipe.grid, 0, images.shape
         F_map, V, _ = self.backbone(self.rescale(images))  # level 1: the whole image, downscaled
-        (B, _, height, width), margin = images.shape, 0
-        whole = torch.tensor((0, 0, width, height), device=images.device).expand(B, 1, 4)
-        one, none = V.new_ones(B, 1, dtype=torch.float32), V.new_zeros(B, 0, n * n, dtype=torch.float32)
-        levels = [Views(V[:, None], 0 * whole[..., :3], whole, one, one.log(), none.sum(-1), none)]
+        boxes = torch.tensor([0, 0, width, height], device=images.device).expand(B, 1, 4)
+        places, reached = 0 * boxes[..., :3], torch.ones_like(boxes[..., 0], dtype=torch.float32)
+        levels, choices = [(V[:, None], places, boxes, reached)], []
         for k in self.locations:
-            above = levels[-1]
             # choose k cells in the grid of each view of the level above, of which an image has g
-            logits = self.location_logits(F_map, V)  # (B * g, K)
-            cells = self.choose(logits, k)  # (B * g, k)
-            log_probs = logits.log_softmax(-1).gather(1, cells)  # (B * g, k)
-            choices = plackett_luce_log_prob(logits, cells) if r.select == "sample" else log_probs.sum(1)
-            reached = above.reached[:, :, None] * log_probs.detach().exp().view(B, -1, k)  # (B, g, k)
+            logits = self.location_logits(F_map, V).unflatten(0, (B, -1))  # (B, g, K)
+            cells = self.choose(logits, k)  # (B, g, k)
+            log_probs = logits.log_softmax(-1).gather(-1, cells)  # (B, g, k)
+            choices.append((logits, cells, log_probs))
+            reached = reached[..., None] * log_probs.detach().exp()
             # where they lie in scale-space, and in the image
-            steps = torch.stack((cells // n, cells % n, torch.ones_like(cells)), -1).view(B, -1, k, 3)
-            places = above.places[:, :, None] * cells.new_tensor((n, n, 1)) + steps  # (B, g, k, 3)
-            grid = cell_boxes((height, width), n, r.cell)
-            inside = cells.new_tensor(grid)[cells].view(B, -1, k, 4)  # in pixels of the view that they divide
-            boxes = (above.boxes[:, :, None, [0, 1, 0, 1]] + inside).flatten(1, 2)  # (B, m, 4), m = g * k
+            step = torch.stack((cells // n, cells % n, torch.ones_like(cells)), -1)  # (B, g, k, 3)
+            places = places[:, :, None] * cells.new_tensor((n, n, 1)) + step
+            grid = cell_boxes((height, width), n, r.cell)  # in pixels of the view that they divide
+            boxes = boxes[:, :, None, [0, 1, 0, 1]] + cells.new_tensor(grid)[cells]  # (B, g, k, 4)
+            places, boxes, reached = (t.flatten(1, 2) for t in (places, boxes, reached))  # (B, g * k, ...)
             x1, y1, x2, y2 = grid[0]
             height, width, margin = y2 - y1, x2 - x1, margin + max(0, -x1, -y1)
             # look at them: all crops of the level in one batch
             F_map, V, _ = self.backbone(self.rescale(crop(images, boxes, (height, width), margin)))
-            levels.append(Views(V.unflatten(0, (B, -1)), places.flatten(1, 2), boxes, reached.flatten(1),
-                                log_probs.view(B, -1), choices.view(B, -1),
-                                logits.softmax(-1).view(B, -1, n * n)))
-        views = Views(*(torch.cat(parts, 1) for parts in zip(*levels)))
-        return views._replace(vectors=self.position(views.vectors, views.places))
+            levels.append((V.unflatten(0, (B, -1)), places, boxes, reached))
+        vectors, places, boxes, reached = (torch.cat(parts, 1) for parts in zip(*levels))
+        return Views(self.position(vectors, places), places, boxes, reached, choices)
 
     def pool(self, features):
         """The vectors V' become one (Fig. 2, step 4): (B, N, C) -> (B, C)."""
@@ -548,17 +537,24 @@ class TNet(nn.Module):
         ce = cross_entropy(logits.float(), targets)
         ce_each = cross_entropy(each.flatten(0, 1).float(), targets.repeat_interleave(1 + A))
         loss = r.lambda_c * ce + (1 - r.lambda_c) * ce_each  # first terms of Eq. 3a and 3b
+        terms = {"ce": ce, "ce_each": ce_each}
         if not self.learns_where:
-            return loss, {"ce": ce, "ce_each": ce_each}
+            return loss, terms
         R = (logits.argmax(-1) == targets).float()  # (B,): R^s of Eq. 3a
         R_each = (each[:, 1:].argmax(-1) == targets[:, None]).float()  # (B, A): R^k of Eq. 3b
+        grids, cells, each_cell = zip(*views.choices)
+        together = map(plackett_luce_log_prob, grids, cells)  # (B, g) a level: all cells chosen in a grid
+        if r.select == "topk":
+            together = (log_probs.sum(-1) for log_probs in each_cell)
+        log_p = torch.cat([*together], 1).sum(1)  # log p(l|x, w), (B,)
+        log_p_each = torch.cat([log_probs.flatten(1) for log_probs in each_cell], 1)[:, :A]  # log p(l_k|x, w)
         b, b_each = self.baseline
-        policy = -((R - b) * views.choices.sum(1)).mean()
-        policy_each = -((R_each - b_each) * views.log_probs[:, 1 : 1 + A]).mean()
+        policy = -((R - b) * log_p).mean()
+        policy_each = -((R_each - b_each) * log_p_each).mean()
         loss = loss + r.lambda_f * (r.lambda_r * policy + (1 - r.lambda_r) * policy_each)  # second terms
-        entropy = torch.special.entr(views.policies).sum(-1).mean()
-        return loss, {"ce": ce, "ce_each": ce_each, "policy": policy, "policy_each": policy_each,
-                      "reward": R.mean(), "reward_each": R_each.mean(), "entropy": entropy}
+        entropy = torch.special.entr(torch.cat(grids, 1).softmax(-1)).sum(-1).mean()
+        return loss, terms | {"policy": policy, "policy_each": policy_each, "reward": R.mean(),
+                              "reward_each": R_each.mean(), "entropy": entropy}
 
     @torch.no_grad()
     def update_baseline(self, reward, reward_each, count):
@@ -588,11 +584,10 @@ class TNet(nn.Module):
         The whole image when there are none.
         """
         common.check_images(images)
-        views, (H, W) = self.traverse(images), images.shape[2:]
-        first = min(1, len(self.locations))
+        views, first = self.traverse(images), min(1, len(self.locations))
         scores, order = views.reached[:, first:].sort(dim=1, descending=True, stable=True)
-        boxes = common.take(views.boxes, order + first).clamp(min=0)
-        return boxes.minimum(boxes.new_tensor((W, H, W, H))).float(), scores
+        boxes = common.take(views.boxes, order + first).float()
+        return torchvision.ops.clip_boxes_to_image(boxes, images.shape[2:]), scores
 
     def figure(self, images):
         """Figures 1c and 4."""
@@ -628,15 +623,11 @@ class WholeImage(nn.Module):
         return torch.einsum("bchw,bc->bhw", last.float(), weights.float())
 
     def where(self, images):
-        """It attends to nothing: a box of a cell's size where the evidence peaks, (B, 1, 4) and (B, 1)."""
+        """It attends to nothing: the cell of the last map with most evidence, (B, 1, 4) and (B, 1)."""
         common.check_images(images)
-        maps, (H, W) = self.evidence(images), images.shape[2:]
+        maps = self.evidence(images)
         scores, peak = maps.flatten(1).softmax(-1).max(-1, keepdim=True)
-        size = images.new_tensor((W, H))
-        half = size * self.recipe.cell / 2
-        centre = common.cells_to_boxes(peak, maps.shape[1:], (H, W)).view(-1, 1, 2, 2).mean(2)
-        centre = centre.clamp(half, size - half)
-        return torch.cat((centre - half, centre + half), -1), scores
+        return common.cells_to_boxes(peak, maps.shape[1:], images.shape[2:]), scores
 
     def figure(self, images):
         """The image with the box of `where`, and the evidence."""
@@ -689,8 +680,8 @@ def attention_pages(model, images):
         whole, *labels = [f"{k}: {letter} {number:.2f}" for k, number in enumerate(numbers[i])]
         panels = {"attended locations": common.draw_boxes(picture, zoom * boxes, labels, width=3),
                   f"{whole}, level 1": common.to_pil(level_1[i], how)}
-        for policy in views.policies[i, :1]:
-            panels["probability of the cells"] = common.heat(photo, policy.view(n, n))
+        for logits, *_ in views.choices[:1]:
+            panels["probability of the cells"] = common.heat(photo, logits[i].softmax(-1).view(n, n))
         panels |= zip(labels, map(photo.crop, boxes.tolist()))
         pages.append(common.panels(panels.values(), panels))
     return pages
@@ -806,21 +797,19 @@ def make_backbone(recipe):
 def initialize(model):
     """First weights of the authors' code: convolutions Glorot (BagNet) or He normal by fan-out.
 
-    Linear layers are uniform by their outputs. With backbone=small everything keeps PyTorch's.
+    Linear layers are uniform by their outputs.
     """
-    if model.recipe.backbone == "small":
-        return
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             nn.init.uniform_(layer.weight, -layer.out_features**-0.5, layer.out_features**-0.5)
-        elif not isinstance(layer, nn.Conv2d):
-            continue
-        elif model.recipe.backbone == "bagnet77":
+        elif isinstance(layer, nn.Conv2d) and model.recipe.backbone == "bagnet77":
             nn.init.xavier_normal_(layer.weight)
-        else:  # PyTorch's fan-out overlooks the groups of a depthwise convolution; TensorFlow's does not
+        elif isinstance(layer, nn.Conv2d):
+            # PyTorch's fan-out overlooks the groups of a depthwise convolution; TensorFlow's does not
             nn.init.kaiming_normal_(layer.weight, mode="fan_out").mul_(layer.groups**0.5)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
 
 
 # ------------------------------------------------------------------------------- from a recipe
@@ -830,7 +819,8 @@ def build(recipe, num_classes):
     """The model of a recipe, with the weights that it names: torchvision's for the backbone, or a run's."""
     common.check_build(recipe, Recipe, num_classes)
     model = (TNet if recipe.hard_attention else WholeImage)(recipe, num_classes)
-    initialize(model)
+    if recipe.backbone != "small":  # which keeps PyTorch's
+        initialize(model)
     source = recipe.weights
     if source == "none":
         return model

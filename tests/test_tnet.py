@@ -11,7 +11,7 @@ from torch import nn
 import common
 import tnet
 
-TINY = replace(tnet.RECIPES["toy"], width=4, image_size=(128, 128), cell=0.25)  # 128 px over 32 px, 5 x 5 grid, 16 channels
+TINY = replace(tnet.RECIPES["toy"], width=4, image_size=(128, 128), cell=0.25)  # over 32 px, 16 channels
 CONTEXT = torch.zeros(1, 16, 5, 5), torch.zeros(1, 16)  # F and V for a location module that looks at neither
 
 
@@ -205,11 +205,17 @@ def test_sec32_location_logits_use_the_context_and_the_place():
         assert len(module(same, V)[0].unique()) == 9  # told apart by their coordinates
         nn.init.zeros_(module.coordinates.scale)
         assert module(same, V).std() < 1e-6
-    coordinates = tnet.Coordinates()(same)[0, 6:].flatten(1).T.tolist()
-    assert coordinates == [[y, x] for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    seen, places = [], torch.tensor(list(product((-1.0, 0, 1), repeat=2)))  # row, column
+    with torch.no_grad():
+        concat.coordinates.scale.copy_(torch.tensor([2.0, 3.0]))
+        concat.coordinates.shift.copy_(torch.tensor([0.1, 0.2]))
+    concat.hidden.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    concat(same, V)
+    expected = places * torch.tensor([2.0, 3.0]) + torch.tensor([0.1, 0.2])
+    assert torch.allclose(seen[0][0, -2:].flatten(1).T, expected)
     different = torch.randn(1, 6, 3, 3)
     assert not torch.allclose(concat(different, V), concat(different, V + 1))
-    changed = different + F.one_hot(torch.tensor(8), 9).view(3, 3)
+    changed = different + 9 * F.one_hot(torch.tensor(8), 9).view(3, 3)
     assert not torch.allclose(excite(different, V)[0, 0], excite(changed, V)[0, 0])  # carried to cell 0
 
 
@@ -421,44 +427,53 @@ def test_eq1_samples_of_one_image_lie_one_after_the_other():
     assert seen[1].tolist() == [0, 1, 2]  # evaluation has one, the best
 
 
-@pytest.mark.parametrize("select", ["sample", "topk"])
-def test_eq3a_the_log_probability_of_all_grids_multiplies(select):
-    model, chosen, choose = tiny(locations="2x3", select=select), [], tnet.TNet.choose
+def test_sec31_what_was_chosen_on_the_way_to_a_view_multiplies():
+    model, chosen, choose = tiny(locations="2x3"), [], tnet.TNet.choose
     model.choose = lambda logits, k: chosen.append((logits, choose(model, logits, k))) or chosen[-1][1]
     views = model.traverse(torch.randn(2, 3, 128, 128))
-    together = tnet.plackett_luce_log_prob if select == "sample" else summed
-    first, second = (together(*c) for c in chosen)
-    assert torch.allclose(views.choices.sum(1), first + second.view(2, 2).sum(1), atol=1e-5)
-    each, later = (logits.log_softmax(-1).gather(1, cells) for logits, cells in chosen)
-    assert torch.allclose(views.log_probs[:, 1:], torch.cat((each, later.view(2, 6)), 1), atol=1e-5)
-    path = each[..., None] + later.view(2, 2, 3)
-    assert torch.allclose(views.reached[:, 3:], path.exp().flatten(1), atol=1e-5)
+    first, second = (logits.softmax(-1).gather(-1, cells) for logits, cells in chosen)  # (2, 1, 2), (2, 2, 3)
+    assert torch.allclose(views.reached[:, 1:3], first[:, 0])
+    assert torch.allclose(views.reached[:, 3:], (first[:, 0, :, None] * second).flatten(1))
+    for (logits, cells), choice in zip(chosen, views.choices):
+        assert choice[0] is logits and choice[1] is cells
 
 
 # ---------------------------------------------------------------- the learning rule
 
 
-@pytest.mark.parametrize("baseline, level_cap, share", [
-    ("shared", 99, 0.2), ("separate", 99, 0.2), ("separate", 2, 0.2), ("shared", 99, 1.0)])
+@pytest.mark.parametrize("select, baseline, level_cap, share", [
+    ("sample", "shared", 99, 0.2), ("topk", "separate", 99, 0.2), ("sample", "separate", 2, 0.2),
+    ("sample", "shared", 99, 1.0)])
 def test_eq3_the_learning_rule_written_out_and_eq1_is_what_is_left_without_per_feature_terms(
-        baseline, level_cap, share):
+        select, baseline, level_cap, share):
     model = tiny(4, lambda_f=0.1, lambda_c=share, lambda_r=share, baseline=baseline, level_cap=level_cap,
-                 locations="2x1" if level_cap == 2 else "4")
+                 locations="2x1", select=select)
     torch.manual_seed(1)
-    vectors, log_probs, choices = torch.randn(6, 5, 16), torch.randn(6, 5), torch.randn(6, 2)
-    views = tnet.Views(vectors, None, None, None, log_probs, choices, torch.full((6, 1, 25), 0.04))
+    vectors, choices = torch.randn(6, 5, 16), []
+    for g, k in ((1, 2), (2, 1)):  # grids on levels 1 and 2, cells chosen in each
+        logits = torch.randn(6, g, 25)
+        cells = tnet.gumbel_top_k(logits, k)
+        choices.append((logits, cells, logits.log_softmax(-1).gather(-1, cells)))
     logits, targets = model.classifier(vectors.mean(1)), torch.arange(6) % 4
     model.baseline.copy_(torch.tensor([0.4, 0.7]))
     total, A = 0.0, 2 if level_cap == 2 else 4
     for i, y in enumerate(targets.tolist()):
+        p = [grids[i].softmax(-1) for grids, _, _ in choices]
+        a, b, c, d = (cells.item() for _, level, _ in choices for cells in level[i].flatten())
+        each = torch.stack((p[0][0, a], p[0][0, b], p[1][0, c], p[1][1, d])).log()  # log p(l_k|x, w)
+        together = each.sum() - (1 - p[0][0, a]).log() * (select == "sample")  # the second of what is left
         R = float(logits[i].argmax() == y)
-        total += share * -logits[i].log_softmax(0)[y] + 0.1 * share * (R - 0.4) * -choices[i].sum()  # Eq. 3a
+        total += share * -logits[i].log_softmax(0)[y] + 0.1 * share * (R - 0.4) * -together  # Eq. 3a
         for k in range(1 + A):  # the context too, as in the authors' code, but it has no reward
-            each = model.classifier(vectors[i, k])
-            total += (1 - share) * -each.log_softmax(0)[y] / (A + 1)  # Eq. 3b
-            R_k = float(each.argmax() == y)
-            total += 0.1 * (1 - share) / A * (R_k - 0.7) * -log_probs[i, k] * (k > 0)
-    assert model.learning_rule(views, logits, targets)[0].item() == pytest.approx(total.item() / 6, rel=1e-5)
+            alone = model.classifier(vectors[i, k])
+            total += (1 - share) * -alone.log_softmax(0)[y] / (A + 1)  # Eq. 3b
+            R_k = float(alone.argmax() == y)
+            total += 0.1 * (1 - share) / A * (R_k - 0.7) * -each[k - 1] * (k > 0)
+    views = tnet.Views(vectors, None, None, None, choices)
+    loss, terms = model.learning_rule(views, logits, targets)
+    assert loss.item() == pytest.approx(total.item() / 6, rel=1e-5)
+    p = torch.cat([grids.softmax(-1).flatten(0, 1) for grids, _, _ in choices])  # 18 grids
+    assert terms["entropy"].item() == pytest.approx(-(p * p.log()).sum().item() / 18, rel=1e-5)
 
 
 def test_eq2_the_baseline_follows_the_mean_reward_of_the_whole_batch():
@@ -573,7 +588,7 @@ def test_where_is_the_whole_image_without_locations_and_a_cell_sized_box_for_a_b
     nn.init.ones_(model.classifier.weight)
     images[..., 84:92, 36:44] = 5.0  # the only thing there is
     x1, y1, x2, y2 = model.where(images)[0][0, 0].tolist()
-    assert (x2 - x1, y2 - y1) == (32, 32) and abs((x1 + x2) / 2 - 40) <= 8 and abs((y1 + y2) / 2 - 88) <= 8
+    assert (x2 - x1, y2 - y1) == (8, 8) and abs((x1 + x2) / 2 - 40) <= 8 and abs((y1 + y2) / 2 - 88) <= 8
     _, V, last = model.backbone(images)
     assert torch.allclose(model.evidence(images), last.sum(1)) and torch.equal(V, last.amax((2, 3)))
 
@@ -705,7 +720,7 @@ def test_tables_hold_the_papers_rows_and_values():
             *at({"0": 47.79, "1": 70.17, "2": 71.46, "3": 71.57}), (from_448, 72.16),
             *at({"2x2": 71.92}, from_448)],
         "5.4": at({"2": 67.95, "3": 69.66, "5": 71.05}, use_context=False),
-        "5.4-fmow": [*at({"2": None}), (from_448, 37.91)],
+        "5.4-fmow": [({}, None), (from_448, 37.91)],
         "5.5": at({"1": 73.12, "3": 74.41, "5": 74.62}) + at({"1": 65.21, "3": 67.33, "5": 68.55}, without),
         "toy": [({}, None), ({"locations": "0"}, None), ({"policy": "random"}, None),
                 ({"policy": "fixed", "fixed_cells": (12, 7, 17)}, None), (without, None)],
