@@ -146,9 +146,7 @@ def test_eq3_the_gradient_of_a_selected_token_reaches_its_four_patches_with_a_qu
     maps = photos(1, 6, 6).requires_grad_()
     selected, indices = m.select_patches(m.merge_patches(maps, 2).flatten(2).transpose(1, 2), 2)
     (gradient,) = torch.autograd.grad(selected[0, 0].sum(), maps)
-    y, x = divmod(indices[0, 0].item(), 3)
-    expected = torch.zeros(6, 6)
-    expected[2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = 0.25
+    expected = F.one_hot(indices[0, :1], 9).view(3, 3).repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
     torch.testing.assert_close(gradient[0, 1], expected)
 
 
@@ -249,30 +247,28 @@ def test_eq14_15_smoothed_cross_entropy_with_targets_that_sum_to_one(alpha):
     assert m.smooth_cross_entropy(logits, targets, alpha).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_eq14_the_loss_is_the_sum_of_five_with_alpha_rising_from_06_to_1():
-    model, targets = tiny(), torch.tensor([1, 4])
-    loss, terms = model(photos(), targets)
-    logits = model.heads(photos())
-    assert list(terms) == ["y1", "y2", "y3", "y4", "con", "top1"]
+ALPHA = {"y1": 0.6, "y2": 0.7, "y3": 0.8, "y4": 0.9, "con": 1.0}
+CHOSEN = [({}, ALPHA), ({"stages": (3, 4)}, {"y3": 0.8, "y4": 0.9, "con": 1.0}), (PLAIN, {"y": 1.0})]
+
+
+@pytest.mark.parametrize("change, alphas", CHOSEN, ids=str)
+def test_eq14_to_16_table8_losses_are_summed_with_rising_alpha_and_probabilities_are_summed(change, alphas):
+    model, targets = tiny(**change), torch.tensor([1, 4])
+    logits, (loss, terms) = model.heads(photos()), model(photos(), targets)
+    assert list(terms) == [*alphas, "top1"] and list(logits) == [*alphas] + ["all"] * (change != PLAIN)
     assert loss.requires_grad and not any(t.requires_grad for t in terms.values())
-    for name, alpha in zip(("y1", "y2", "y3", "y4", "con"), (0.6, 0.7, 0.8, 0.9, 1.0)):
+    for name, alpha in alphas.items():
         torch.testing.assert_close(terms[name], m.smooth_cross_entropy(logits[name], targets, alpha))
-    torch.testing.assert_close(loss, sum(terms[name] for name in list(terms)[:5]))
-    assert terms["top1"] == (logits["all"].argmax(1) == targets).float().mean()
-
-
-def test_eq16_prediction_is_the_highest_sum_of_the_five_probabilities():
-    model = tiny()
-    logits = model.heads(photos(4))
-    total = sum(logits[name].softmax(1) for name in ("y1", "y2", "y3", "y4", "con"))
-    torch.testing.assert_close(model(photos(4)).softmax(1), total / 5)
-    torch.testing.assert_close(logits["all"], model(photos(4)))
+    torch.testing.assert_close(loss, sum(terms[name] for name in alphas))
+    mean = sum(logits[name].softmax(1) for name in alphas) / len(alphas)
+    torch.testing.assert_close(model(photos()).softmax(1), mean)
+    assert terms["top1"] == (mean.argmax(1) == targets).float().mean()
 
 
 # ---------------------------------------------------------------------------- switches
 
 
-def test_table3_switches_take_their_own_weights_out_and_nothing_else():
+def test_tables_3_and_8_switches_take_their_own_weights_out_and_nothing_else():
     def names(**change):
         return set(m.M2Former(replace(TINY, **change), 5).state_dict())
 
@@ -283,25 +279,12 @@ def test_table3_switches_take_their_own_weights_out_and_nothing_else():
     assert names(ctt="attach") == whole - ctt and names(ctt="pool") == whole - ctt - {"backbone.cls_token"}
     block = {name for name in whole if name.startswith("msca.0")}
     assert names(num_msca=2) - whole == {name.replace("msca.0", "msca.1") for name in block}
-
-
-def test_table3a_without_msps_the_model_is_the_backbone_with_plain_cross_entropy():
-    model, targets = tiny(msps=False), torch.tensor([1, 4])
-    plain = set(m.mvitv2("toy", (64, 64), 5).state_dict())
-    assert {name.removeprefix("backbone.") for name in model.state_dict()} == plain
-    assert model(photos()).equal(model.backbone(photos())) and list(model.heads(photos())) == ["y"]
-    loss, terms = model(photos(), targets)
-    torch.testing.assert_close(loss, F.cross_entropy(model(photos()), targets))
-    assert list(terms) == ["y", "top1"] and model.where(photos())[0].shape == (2, 12 + 4 + 2 + 1, 4)
-
-
-def test_table8_fewer_stages_keep_their_own_k_and_alpha():
-    model, targets = tiny(stages=(3, 4)), torch.tensor([1, 4])
-    logits, (_, terms) = model.heads(photos()), model(photos(), targets)
-    assert list(logits) == ["y3", "y4", "con", "all"] and model.head_con.in_features == 64 + 128
-    assert model.msca[0].cca.dims == [64, 128] and [p.shape[1] for p in found(model, photos())[1]] == [2, 1]
-    for name, alpha in (("y3", 0.8), ("y4", 0.9), ("con", 1.0)):
-        torch.testing.assert_close(terms[name], m.smooth_cross_entropy(logits[name], targets, alpha))
+    plain, few = tiny(msps=False), tiny(stages=(3, 4))
+    official = m.mvitv2("toy", (64, 64), 5).state_dict()
+    assert {name.removeprefix("backbone.") for name in plain.state_dict()} == set(official)
+    assert plain(photos()).equal(plain.backbone(photos())) and plain.where(photos())[0].shape == (2, 19, 4)
+    assert few.msca[0].cca.dims == [64, 128] and few.head_con.in_features == 64 + 128
+    assert [p.shape[1] for p in found(few, photos())[1]] == [2, 1]
 
 
 # ---------------------------------------------------------------------------- where and figures
@@ -325,7 +308,7 @@ def test_where_gives_the_selected_cells_in_pixels_coarsest_stage_first():
         n += k
 
 
-@pytest.mark.parametrize("change", [{}, {"num_msca": 2}, {"ctt": "pool"}, {"stages": (1, 3)}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"num_msca": 2}, {"ctt": "pool", "merge": 1}, {"stages": (1, 3)}])
 def test_figure6_is_the_attention_of_the_best_patch_of_the_coarsest_stage_to_the_patches_of_each(change):
     model, images = tiny(**change), photos()
     taps, patches, _, tokens = found(model, images)
@@ -454,12 +437,12 @@ def test_resized_position_tables_equal_torchvisions():
 GRIDS = [((4, 4), (4, 4)), ((8, 8), (2, 2)), ((3, 5), (6, 10)), ((6, 4), (3, 7)), ((5, 1), (2, 3))]
 
 
-def attention_inputs(q_grid, k_grid, class_token, B=2, h=2, d=6, dtype=torch.float64):
+def attention_inputs(q_grid, k_grid, class_token, B, h, d=6):
     torch.manual_seed(0)
     n, k = math.prod(q_grid) + class_token, math.prod(k_grid) + class_token
     tables = [(2 * max(a, b) - 1, d) for a, b in zip(q_grid, k_grid)]
     shapes = [(B, h, n, d), (B, h, k, d), (B, h, k, d), *tables]
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 def attended(form, q, k, v, rows, columns, q_grid, k_grid):
@@ -468,31 +451,20 @@ def attended(form, q, k, v, rows, columns, q_grid, k_grid):
 
 @pytest.mark.parametrize("class_token", [0, 1])
 @pytest.mark.parametrize("q_grid, k_grid", GRIDS)
-def test_folded_attention_equals_the_explicit_one_in_value_and_every_gradient(q_grid, k_grid, class_token):
-    inputs, results = attention_inputs(q_grid, k_grid, class_token), []
-    for form in (m.attend_folded, m.attend_explicit):
-        out = attended(form, *inputs, q_grid, k_grid)
-        weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
-    for folded, explicit in zip(*results):
-        torch.testing.assert_close(folded, explicit, atol=1e-10, rtol=1e-10)
-        assert folded.abs().sum() > 0
-
-
-@pytest.mark.parametrize("q_grid, k_grid", GRIDS)
-def test_explicit_attention_is_softmax_of_scaled_products_plus_queries_times_both_tables(q_grid, k_grid):
+def test_both_forms_are_softmax_of_scaled_products_and_queries_times_tables(q_grid, k_grid, class_token):
     """Pair by pair; the class token's row and column carry no bias."""
-    inputs = [t.detach() for t in attention_inputs(q_grid, k_grid, 1, B=1, h=1)]
+    inputs = [t.detach() for t in attention_inputs(q_grid, k_grid, class_token, B=1, h=1)]
     q, k, v, *tables = inputs
     scores = q[0, 0] @ k[0, 0].T / math.sqrt(q.shape[-1])
-    for i in range(1, len(scores)):
-        for j in range(1, len(scores[0])):
-            at = zip(divmod(i - 1, q_grid[1]), divmod(j - 1, k_grid[1]), q_grid, k_grid, tables)
-            for a, b, n, K, table in at:  # the row of each axis, on the grid of the finer of the two
-                up, down = max(K / n, 1.0), max(n / K, 1.0)
-                scores[i, j] += q[0, 0, i] @ table[int(a * up - b * down + (K - 1) * down)]
-    out = attended(m.attend_explicit, *inputs, q_grid, k_grid)
-    torch.testing.assert_close(out[0, 0], scores.softmax(1) @ v[0, 0])
+    for i, j in np.ndindex(math.prod(q_grid), math.prod(k_grid)):
+        at = zip(divmod(i, q_grid[1]), divmod(j, k_grid[1]), q_grid, k_grid, tables)
+        for a, b, n, K, table in at:  # the row of each axis, on the grid of the finer of the two
+            up, down = max(K / n, 1.0), max(n / K, 1.0)
+            row = table[int(a * up - b * down + (K - 1) * down)]
+            scores[class_token + i, class_token + j] += q[0, 0, class_token + i] @ row
+    for form in (m.attend_folded, m.attend_explicit):
+        out = attended(form, *inputs, q_grid, k_grid)
+        torch.testing.assert_close(out[0, 0], scores.softmax(1) @ v[0, 0])
 
 
 @pytest.mark.parametrize("form, class_token, called", [
@@ -505,14 +477,17 @@ def test_attention_is_folded_on_a_cpu_beyond_2_to_the_18_scores(form, class_toke
     assert names == [called]
 
 
-def test_folded_attention_keeps_no_tensor_of_queries_times_keys_for_backward():
-    largest, q_grid, k_grid = {}, (24, 24), (20, 20)
+def test_folded_attention_keeps_no_tensor_of_queries_times_keys_for_backward_and_has_the_same_gradients():
+    largest, gradients, q_grid, k_grid = {}, [], (24, 24), (20, 20)
     for form in (m.attend_folded, m.attend_explicit):
-        inputs, sizes = attention_inputs(q_grid, k_grid, 1, B=1, h=1, d=8, dtype=torch.float32), []
+        inputs, sizes = attention_inputs(q_grid, k_grid, 1, B=1, h=1, d=8), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            attended(form, *inputs, q_grid, k_grid)
+            out = attended(form, *inputs, q_grid, k_grid)
         largest[form] = max(sizes)
+        gradients.append(torch.autograd.grad(out.pow(2).sum(), inputs))
     assert largest[m.attend_explicit] >= 577 * 401 and largest[m.attend_folded] <= 577 * (8 + 40)
+    for folded, explicit in zip(*gradients):
+        torch.testing.assert_close(folded, explicit, atol=1e-10, rtol=1e-8)
 
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_authors_model():
@@ -664,43 +639,33 @@ def test_table6_the_built_model_on_the_other_backbones(change, monkeypatch):
 def test_cvt_has_the_official_names():
     with torch.device("meta"):
         names = set(m.CvT(10).state_dict())
-    few = ("stage0.patch_embed.proj.weight", "stage1.patch_embed.norm.bias", "stage2.cls_token",
-           "stage2.blocks.15.attn.conv_proj_q.conv.weight", "stage1.blocks.3.attn.conv_proj_v.bn.running_var",
-           "stage0.blocks.0.attn.proj_k.bias", "stage2.blocks.0.attn.proj.weight", "norm.weight",
-           "stage1.blocks.0.mlp.fc2.bias", "head.weight")
-    assert set(few) <= names and len(names) == 21 * 34 + 3 * 4 + 5
+    few = """stage0.patch_embed.proj.weight stage1.patch_embed.norm.bias stage2.cls_token norm.bias head.bias
+        stage2.blocks.15.attn.conv_proj_q.conv.weight stage1.blocks.3.attn.conv_proj_v.bn.running_var
+        stage0.blocks.0.attn.proj_k.bias stage2.blocks.0.attn.proj.weight stage1.blocks.0.mlp.fc2.bias"""
+    assert set(few.split()) <= names and len(names) == 21 * 34 + 3 * 4 + 5
 
 
 # ---------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("how", ["interpolate", "reinit"])
-def test_an_official_file_fills_the_backbone_and_its_position_tables_are_resized_or_drawn_anew(how, tmp_path):
-    official, path = randomise(m.mvitv2("toy", (32, 32), 1000)), str(tmp_path / "MViTv2.pyth")
-    torch.save({"model_state": official.state_dict(), "epoch": 3}, path)
-    model = m.build(replace(TINY, weights=path, rel_pos=how), 5)
-    for name, tensor in model.backbone.state_dict().items():
-        old = official.state_dict()[name]
-        if old.shape == tensor.shape:
-            assert tensor.equal(old), name
-        else:
-            resized = torch.allclose(tensor, m.resize_rel_pos(old, len(tensor)))
-            assert "rel_pos" in name and (how == "interpolate") == resized
-    assert model.backbone.blocks[0].attn.rel_pos_h.shape == (31, 16)
-
-
-@pytest.mark.parametrize("change", [{}, {"msps": False}, {"ctt": "pool"}], ids=str)
-def test_files_with_or_without_a_class_token_and_runs_of_the_plain_backbone_fill_a_backbone(change, tmp_path):
-    path = str(tmp_path / "w.pth")
+@pytest.mark.parametrize("change", [{}, PLAIN, {"ctt": "pool"}, {"rel_pos": "reinit"}], ids=str)
+def test_official_files_and_plain_runs_fill_a_backbone_with_tables_resized(change, tmp_path):
+    """Files with and without a class token, of a smaller size, and of a run of ours."""
+    path = str(tmp_path / "MViTv2.pyth")
     official = m.mvitv2("toy", (64, 64), 1000), m.mvitv2("toy", (64, 64), 1000, False)
-    for source in (*official, tiny(num_classes=9, msps=False)):
-        torch.save({"model": source.state_dict()}, path)
+    for source in (*official, tiny(num_classes=9, msps=False), randomise(m.mvitv2("toy", (32, 32), 1000))):
+        torch.save({"model_state": source.state_dict(), "epoch": 3}, path)
         model = m.build(replace(TINY, weights=path, **change), 5)
         held = {name.removeprefix("backbone."): tensor for name, tensor in source.state_dict().items()}
         for name, tensor in model.backbone.state_dict().items():
-            fits = name in held and not name.startswith("head.")
-            assert tensor.equal(held[name]) if fits else name.startswith(("head.", "cls_token"))
-        assert model(photos()).shape == (2, 5)
+            if name not in held or name.startswith("head."):
+                assert name.startswith(("head.", "cls_token"))
+            elif held[name].shape == tensor.shape:
+                assert tensor.equal(held[name]), name
+            else:
+                resized = torch.allclose(tensor, m.resize_rel_pos(held[name], len(tensor)))
+                assert "rel_pos" in name and resized == ("rel_pos" not in change)
+        assert model(photos()).shape == (2, 5) and model.backbone.blocks[0].attn.rel_pos_h.shape == (31, 16)
 
 
 def test_table6_a_cvt_file_fills_a_backbone_without_a_class_token(monkeypatch):
@@ -745,6 +710,8 @@ def test_the_official_weights_of_each_backbone(monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     ({"stages": ()}, "some of stages 1 to 4"),
+    ({"stages": (4, 5)}, "--stages 5: allowed are numbers from 1 to 4"),
+    ({"alpha": (0.9, 0.9, 0.9, 0.9, 1.1)}, "--alpha 1.1: allowed are numbers from 0 to 1"),
     ({"backbone": "cvt21", "stages": (4,)}, "some of stages 1 to 3"),
     ({"k": (6, 4)}, "4 numbers for --k"),
     ({"alpha": (0.6, 0.7)}, "5 for --alpha"),
