@@ -1,4 +1,6 @@
-"""What README.md says is so: its Python runs, its numbers are in results/, its tests exist, lines fit."""
+"""What README.md says is so: its Python runs, its bugs are found, its numbers are in results/, lines fit."""
+import importlib
+import inspect
 import json
 import math
 import re
@@ -65,6 +67,38 @@ def test_every_claim_was_found_and_every_file_and_test_that_is_named_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
     assert named and all(f"def {name}(" in tests for name in named)
+
+
+WRONG = {  # the README's bugs: file, function, what stands there, what the wrong variant has instead
+    ("tnet", "plackett_luce_log_prob"): (
+        "logits.gather(-1, cells) - left", "logits.log_softmax(-1).gather(-1, cells)",
+    ),
+    ("tdsa", "class_spread"): ("softmax(part, -1", "softmax(part, 2"),
+    ("dcal", "pairwise_cross_attention"): (
+        "F.scaled_dot_product_attention(q1, k_c, v_c)",
+        "sum(F.scaled_dot_product_attention(q1, k, v) for k, v in ((k1, v1), (k2, v2))) / 2",
+    ),
+    ("vit_fgvc", "closing"): (
+        "~grow(~grow(mask))", "~grow(F.pad(~grow(mask), (1, 1, 1, 1), value=True))[:, 1:-1, 1:-1]",
+    ),
+    ("m2former", "select_patches"): ("tokens.float()", "F.layer_norm(tokens.float(), tokens.shape[2:])"),
+}
+
+
+@pytest.mark.parametrize("file, function", WRONG)
+def test_the_test_that_the_readme_names_finds_each_bug(monkeypatch, file, function):
+    module, tests = importlib.import_module(file), importlib.import_module(f"test_{file}")
+    [name] = re.findall(rf"^\| `{file}.py` \| `{function}` .*`(test_\w+)` \|$", README, re.M)
+    test = getattr(tests, name)
+    arguments = dict.fromkeys(inspect.signature(test).parameters, 0.0)
+    test(**arguments)
+    source, (right, wrong) = inspect.getsource(getattr(module, function)), WRONG[file, function]
+    assert right in source
+    monkeypatch.setattr(module, function, None)
+    exec(source.replace(right, wrong), vars(module))
+    monkeypatch.setattr(tests, function, getattr(module, function), raising=False)
+    with pytest.raises(AssertionError):
+        test(**arguments)
 
 
 def test_lines_are_at_most_110_columns_and_the_readme_170_lines():
