@@ -26,8 +26,8 @@ import torchvision  # noqa: F401, so that the mutants need not
 
 HOME = Path(__file__).resolve().parent.parent
 FIRST = {False: "eq or sec or table or fig", True: "recipe or field or table or row or fig"}  # with --data
-TESTS = {  # which tests answer for the functions of a file
-    "common": ["test_common.py", "test_dcal.py", "test_vit_fgvc.py", "test_train.py"],
+TESTS = {  # which tests answer for a file
+    "common": ["test_common.py", "test_tdsa.py", "test_dcal.py", "test_vit_fgvc.py", "test_train.py"],
     "data": ["test_data.py", "test_datasets.py", "test_train.py"],
     "train": ["test_train.py", "test_dcal.py", "test_m2former.py"],
 }
@@ -131,13 +131,13 @@ def main(*wanted):
         copy = Path(room) / "copy"
         shutil.copytree(HOME, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__"))
         for name in [name for name in sources if not wanted or any(w.split(":")[0] == name for w in wanted)]:
-            tests = [f"test_{name}.py", "test_contract.py"] if data else TESTS.get(name, [f"test_{name}.py"])
+            tests = TESTS.get(name, [f"test_{name}.py"]) + ["test_contract.py"] * data
             others = sorted(methods - {name}) if data and name in methods else ()
             for place, new, change in mutants(name, sources[name], data):
                 if f"{name}:{place}".startswith(begins):
                     (copy / f"{name}.py").write_text(new)
                     asked = [" and not ".join((f"{how} ({FIRST[data]})", *others)) for how in ("", "not")]
-                    failed = (failing(copy, tests, k, name, change) for k in asked)
+                    failed = (failing(copy, tests, which, name, change) for which in asked)
                     test = next(filter(None, failed), "SURVIVED")
                     survived += test == "SURVIVED"
                     print(f"{name}.{place}: {test}", flush=True)

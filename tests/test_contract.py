@@ -69,10 +69,8 @@ def test_every_parameter_gets_a_gradient(name):
     model, images = built(name, **({"drop_path": 0.0} if name != "tnet" else {}))
     for _ in range(3):  # random choices reach everything in a few steps
         trained_step(model, images)
-    without = [
-        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    assert not without
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert not [n for n, p in learning if p.grad is None or not p.grad.any()]
 
 
 @each_method
@@ -160,10 +158,8 @@ def test_every_row_of_every_table_is_a_recipe_and_has_a_value_for_each_metric(na
             assert start in names | {None}, (key, row)
             assert paper is None or metrics == (len(paper) if isinstance(paper, tuple) else 1), (key, row)
             recipe = dataclasses.replace(method.RECIPES[table.data], **training | evaluation)
-            models[recipe.backbone] = dataclasses.replace(
-                recipe, weights="none"
-            )  # the last row of each is built
-    for recipe in models.values():
+            models[recipe.backbone] = dataclasses.replace(recipe, weights="none")
+    for recipe in models.values():  # the last row of each
         with torch.device("meta"):
             assert sum(p.numel() for p in method.build(recipe, 7).parameters()) > 1000
 
@@ -184,9 +180,6 @@ def test_wrong_use_says_what_is_wanted(name):
 
 def test_nothing_but_the_papers_dropout_and_stochastic_depth_is_random_in_training():
     for name, method in METHODS.items():
-        layers = [
-            m
-            for m in method.build(toy(name), CLASSES).modules()
-            if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
-        ]
-        assert not layers or name == "tnet", f"{name} has dropout that its paper does not have"
+        layers = method.build(toy(name), CLASSES).modules()
+        dropped = [m for m in layers if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
+        assert not dropped or name == "tnet", f"{name} has dropout that its paper does not have"
