@@ -802,7 +802,7 @@ def fit_positions(state, own, how):
     fitted = dict(state)
     for name in state.keys() & own.keys():
         old, new = state[name], own[name]
-        if "rel_pos" in name and old.shape[1:] == new.shape[1:] and len(old) != len(new):
+        if "rel_pos" in name and old.shape[1:] == new.shape[1:] and 0 < len(old) != len(new):
             fitted[name] = new if how == "reinit" else resize_rel_pos(old.float(), len(new))
     return fitted
 

@@ -306,6 +306,9 @@ def test_where_gives_the_selected_cells_in_pixels_coarsest_stage_first():
             torch.testing.assert_close(torch.stack(at), scores[b, n : n + k])
             assert sorted(at, reverse=True) == at and min(at) == maps[b].mean(0).flatten().topk(k)[0].min()
         n += k
+    odd = tiny(image_size=(62, 45))  # the last patches reach over the edge, their boxes do not
+    assert odd.where(photos(1, 62, 45))[0][0, 0].tolist() == [0, 0, 45, 62]
+    assert odd.backbone.blocks[0].attn.rel_pos_w.shape == (2 * 12 - 1, 16)
 
 
 @pytest.mark.parametrize("change", [{}, {"num_msca": 2}, {"ctt": "pool", "merge": 1}, {"stages": (1, 3)}])
@@ -691,6 +694,9 @@ def test_a_whole_m2former_is_loaded_at_another_size_and_other_files_are_refused_
     torch.testing.assert_close(ours, m.resize_rel_pos(theirs, 63))
     with pytest.raises(ValueError, match="(?s)does not fit.*ctt.0.0.weight"):
         m.build(replace(TINY, weights=path, ctt="mlp1"), 5)
+    torch.save(trained.state_dict() | {"backbone.blocks.0.attn.rel_pos_h": torch.zeros(0, 16)}, path)
+    with pytest.raises(ValueError, match="does not fit.*rel_pos_h"):
+        m.build(replace(TINY, weights=path), 5)
     torch.save(m.MViTv2((1, 1, 1, 1), 16, 1, (64, 64), 10).state_dict(), path)
     with pytest.raises(ValueError, match=r"(?s)w\.bin does not fit.*blocks\.3\."):
         m.build(replace(TINY, weights=path), 5)
