@@ -373,7 +373,7 @@ def test_figure4_by_its_command_shows_objects_of_both_outer_quartiles_and_betwee
     split = data.Split([str(tmp_path / f"{i}.png") for i in range(20)], None, boxes)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", lambda name, root, recipe: data.Splits(None, split, None))
-    monkeypatch.setattr(common, "draw_boxes", lambda photo, own: shown.append(int(own[0, 2]) - 5) or photo)
+    monkeypatch.setattr(common, "draw_boxes", lambda photo, own: shown.append(own[:, 2].item() - 5) or photo)
     monkeypatch.setattr(common, "panels", lambda photos, texts: names.append(texts) or panels(photos, texts))
     exec(re.search(r'python -c "(.*?)"', m.__doc__, re.S)[1].replace("\n  ", "\n"))
     assert names == [["large"] * 4, ["medium"] * 4, ["small"] * 4]
