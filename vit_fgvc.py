@@ -41,7 +41,8 @@ Where ours differs from both: RAdam without Lookahead (the code's "ranger"), wit
 warp, reflected border or (the paper's) noise among the augmentations; the photo is reduced to the encoder's
 size by an antialiased filter (--full-resize nearest is the code's); the fallback box is central in
 evaluation; a map that is constant up to rounding falls back instead of cropping speckle; where windows run
-out, the last part is repeated; bf16 for the code's fp16.
+out, the last part is repeated; bf16 for the code's fp16; no weight decay on positions and class token; the
+third phase of CUB goes on with its optimizer (the code loads the weights anew).
 Table 1's "Plant Pathology" (5 classes, 9,436 / 12,595) is the iCassava 2019 set, as its reference [17] says,
 and 12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 classes and 1,821 labelled
 photos, and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The
