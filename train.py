@@ -26,12 +26,12 @@ import ctypes
 import dataclasses
 import difflib
 import functools
-import gc
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,8 +39,8 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +60,8 @@ import vit_fgvc
 from common import opt
 
 with contextlib.suppress(ImportError):
-    import fcntl  # not on Windows: two starts into one folder are not told apart there
+    import fcntl  # not on Windows, where two starts into one folder are not told apart
+    import resource
 
 METHODS = {"m2former": m2former, "dcal": dcal, "tnet": tnet, "vit_fgvc": vit_fgvc, "tdsa": tdsa}
 ACTIONS = {
@@ -90,7 +91,7 @@ class Flags(common.Options):
     root: str = the_run("", "folder of the dataset")
     download: bool = the_run(False, "fetch the dataset into --root first (cub, aircraft, flowers, dogs)")
     recipe: str = the_run("", "which of the method's recipes, if not the one named like the data")
-    run: str = the_run("", "run folder to act on: the same as RUN right after the action")
+    run: str = opt("", "the same as RUN after the action", group="for eval, predict, figures, profile")
     out: str = the_run("", "output folder, if not the usual one")
     seed: int = the_run(0, "of initial weights, order and augmentation", most=MOST_SEED)
     device: str = the_run("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
@@ -98,6 +99,7 @@ class Flags(common.Options):
     matmul_precision: str = the_run("highest", "of fp32 products", ("highest", "high", "medium"))
     compile: bool = the_run(False, "torch.compile the model")
     deterministic: bool = the_run(False, "only deterministic kernels (CUDA; slower)")
+    help_all: bool = the_run(False, "this text with every switch of the method")
     resume: str = opt("", "run folder to go on with", group="for train")
     name: str = opt("", "appended to the run folder's name", group="for train")
     save_every: int = for_training(0, "also save every so many steps; 0: at the end of epochs", most=1e9)
@@ -107,15 +109,11 @@ class Flags(common.Options):
     seeds: tuple[int, ...] = for_table((0,), "seeds", most=MOST_SEED)
     rows: tuple[str, ...] = for_table((), "only these rows")
     row_weights: tuple[str, ...] = for_table((), "first weights of single rows: NAME=FILE,...")
-    any_commit: bool = for_table(False, "also use finished rows that another commit produced")
-    against: tuple[str, ...] = opt(
-        (), "one more variant: its recipe flags, quoted", group="for eval and profile"
-    )
+    against: str = opt("", "one more variant: its recipe flags, quoted", group="for eval and profile")
     images: int = opt(6, "how many test images", least=1, group="for figures")
     pictures: bool = opt(True, "a picture of each photo", group="for predict")
     profile_batch: int = for_profile(2, "images in a batch", least=1)
     rounds: int = for_profile(5, "timed rounds, variants in turn", least=1)
-    threads: int = for_profile(0, "CPU threads; 0: torch's choice", most=1024)
     classes: int = for_profile(0, "number of classes; 0: the run's, else 100")
     inference_only: bool = for_profile(False, "leave the training step out")
 
@@ -129,16 +127,8 @@ class Call(Flags):
     command: str = opt("", "the line itself")
 
 
-OF_DATA = ("root", "seed", "skip_bad_images")  # flags of a run that hold for whatever is done with it
-KEPT = (
-    *OF_DATA,
-    "workers",
-    "matmul_precision",
-    "compile",
-    "deterministic",
-    "save_every",
-    "eval_every",
-)  # resumed
+KEPT = ("root", "seed", "workers", "matmul_precision", "compile", "deterministic", "skip_bad_images")
+KEPT += ("save_every", "eval_every")  # flags of a run that hold for whatever is done with it
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,17 +136,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, options, action=""):
         usage = f"python train.py {action} [RUN] [--flag VALUE ...]"
-        super().__init__(add_help=False, allow_abbrev=False, usage=usage, description=ACTIONS.get(action))
-        common.add_options(
-            self, options, lambda f: action in f.metadata["group"] or "for " not in f.metadata["group"]
-        )
+        how = dict(allow_abbrev=False, usage=usage, description=ACTIONS.get(action))
+        super().__init__(add_help=bool(action), **how)
+        common.add_options(self, options, lambda f: concerns(f, action))
 
     def error(self, message):
         raise ValueError(message)
-
-    def flags(self):
-        """Every flag."""
-        return [flag for action in self._actions for flag in action.option_strings]
 
     def read(self, words):
         """Words -> the values of its flags among them, and the others."""
@@ -166,108 +151,84 @@ class Parser(argparse.ArgumentParser):
         return vars(values), others
 
 
+def concerns(field, action):
+    """Whether a flag belongs to an action."""
+    group = field.metadata["group"]
+    return not group.startswith("for ") or action in group
+
+
 def parse(argv):
     """Command line -> a Call and its recipes [(label, Recipe)]: several of eval and profile, else one."""
-    command, argv = "python train.py " + shlex.join(argv), list(argv)
+    command, argv = "python train.py " + shlex.join(argv), [*argv]
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         raise SystemExit(0)
     action = argv.pop(0) if argv and argv[0][:1] != "-" else "train"
     if action not in ACTIONS:
         raise ValueError(f"unknown action {action!r}; {near(action, ACTIONS)}")
-    helps = {"-h", "--help", "--help-all"} & {*argv}
-    argv, against = without_against([word for word in argv if word not in helps])
+    argv, against = without_against(argv)
     cli = Parser(Flags(), action)
     given, words = cli.read(argv)
     for f in dataclasses.fields(Flags):
-        if f.name in given and "for " in f.metadata["group"] and action not in f.metadata["group"]:
+        if f.name in given and not concerns(f, action):
             raise ValueError(f"{common.flag(f)} is {f.metadata['group']}, not for {action}")
-    about, run = run_of(action, given, words) if not helps else ({}, "")
-    method = about.get("method", given.get("method", ""))
-    optional = helps or (action, given.get("table")) == ("table", "baseline")
-    if method not in METHODS and (method or not optional):
-        problem = f"unknown method {method!r}; {near(method, METHODS)}" if method else "name a method"
-        hint = (
-            near(words[0], cli.flags())
-            if words
-            else "python train.py --method tnet is a first run of minutes"
-        )
-        raise ValueError(f"{problem}: {hint}; see --help")
-    recipe, chosen, name = recipe_of(method, about, given, run)
-    if helps:
-        if "--help-all" in helps:
-            common.add_options(cli, recipe)
-        cli.print_help()
-        raise SystemExit(0)
-    switches = Parser(recipe)
-    changed, words = switches.read(words)
-    for word in words:
-        if word.startswith("-"):
-            raise ValueError(
-                f"unknown argument {word}; {near(word, cli.flags() + switches.flags(), 'see --help-all')}"
-            )
-    if bool(words) > (action in ("predict", "figures")) or action == "predict" and not words:
-        raise ValueError(
-            f"{action} takes no {words[0]!r}" if words else "name photos: predict RUN PHOTO_OR_FOLDER ..."
-        )
-    if given.get("resume") and (changed or "recipe" in given):
-        raise ValueError(
-            "--resume goes on with the run's own recipe; to change it start anew, with --weights DIR"
-        )
-    flags = values_of(Flags(), about.get("flags", {}), f"{run}/run.json")
-    flags = {key: flags[key] for key in (KEPT if given.get("resume") else OF_DATA) if key in flags} | given
-    flags |= dict(
-        method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words), command=command
-    )
-    out = Path(given.get("out", ""))
-    if any(path.is_file() for path in (out, *out.parents)):
-        raise ValueError(f"--out {out}: a file is in the way; name a folder")
-    return Call(**flags), variants(recipe, changed, against, switches, action)
-
-
-def without_against(argv):
-    """Take every --against FLAGS, whose value looks like a flag, out of a line -> the rest, the values."""
-    rest, values, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith("--against="):
-            values.append(word.partition("=")[2])
-        elif word == "--against":
-            values.append(next(words, ""))
-        else:
-            rest.append(word)
-    return rest, values
-
-
-def run_of(action, given, words):
-    """The run folder to act on -> (its run.json, its name); taken out of `words` when it stands there."""
-    if action in ("train", "table") and "run" in given:
-        raise ValueError(
-            "--run names a run to look at; --resume DIR goes on with it, --weights DIR starts from it"
-        )
-    run = given.get("resume") or given.get("run") or ""
+    run = given.get("resume") or given.get("run", "")
     if not run and action not in ("train", "table") and words and words[0][:1] != "-":
         run = words.pop(0)
     if not run and action in ("eval", "predict", "figures"):
         raise ValueError(f"name the run right after the action: python train.py {action} RUN{runs_here()}")
-    return (read_run(run) if run else {}), run
+    about = read_run(run) if run else {}
+    if about and {"method", "data", "recipe"} & {*given}:
+        raise ValueError(f"leave --method, --data and --recipe away: {run} has its own")
+    method = (about | given).get("method", "")
+    recipe, chosen, name = recipe_of(method, given, about, run)
+    switches = Parser(recipe)
+    changed, words = switches.read(words)
+    for word in words:
+        if word.startswith("-"):
+            flags = [common.flag(f) for options in (Flags, recipe) for f in dataclasses.fields(options)]
+            raise ValueError(f"unknown argument {word}; {near(word, flags, 'see --method M --help-all')}")
+    if not method and (action, given.get("table")) != ("table", "baseline"):
+        raise ValueError("name a method: python train.py --method tnet is a first run of minutes; see --help")
+    if given.get("help_all"):
+        common.add_options(cli, recipe)
+        cli.print_help()
+        raise SystemExit(0)
+    if words and action not in ("predict", "figures"):
+        raise ValueError(f"{action} takes no {words[0]!r}")
+    if action == "predict" and not words:
+        raise ValueError("name photos: predict RUN PHOTO_OR_FOLDER ...")
+    if changed and "resume" in given:
+        raise ValueError("--resume goes on with the run's own recipe; --weights DIR starts another from it")
+    flags = options_of(Flags(), about.get("flags", {}), f"{run}/run.json")
+    kept = {key: getattr(flags, key) for key in KEPT}
+    own = dict(method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words))
+    return Call(**kept | given | own, command=command), variants(recipe, changed, against, switches, action)
 
 
-def recipe_of(method, about, given, run):
+def without_against(argv):
+    """Take every --against FLAGS, whose value looks like a flag, out of a line -> the rest, the values."""
+    rest = [part for word in argv for part in (word.split("=", 1) if word[:10] == "--against=" else [word])]
+    values = []
+    while "--against" in rest:
+        at = rest.index("--against")
+        values += rest[at + 1 : at + 2]
+        del rest[at : at + 2]
+    return rest, values
+
+
+def recipe_of(method, given, about, run):
     """The recipe before any switch -> (Recipe, its name, the dataset's name)."""
+    if method not in ("", *METHODS):
+        raise ValueError(f"unknown method {method!r}; {near(method, METHODS)}")
     module = METHODS.get(method, common)
-    tables = getattr(module, "TABLES", {})
-    own = tables[given["table"]].data if given.get("root") and given.get("table") in tables else "toy"
-    name = about.get("data", given.get("data", own))
+    table = getattr(module, "TABLES", {}).get(given.get("table"))
+    name = (about | given).get("data", table.data if table and "root" in given else "toy")
     if name not in data.DATASETS:
         raise ValueError(f"unknown data {name!r}; {near(name, data.DATASETS)}")
-    if about and (given.get("method", method), given.get("data", name)) != (method, name):
-        raise ValueError(
-            f"the run is {method} on {name}: leave --method and --data away, or act on another run"
-        )
-    chosen = given.get("recipe") or about.get("recipe_name", name)
-    if about and "recipe" not in given:
-        values = values_of(module.Recipe(), about["recipe"], f"{run}/run.json")
-        return module.Recipe(**values), chosen, name
+    chosen = about.get("recipe_name", given.get("recipe", name))
+    if about:
+        return options_of(module.Recipe(), about["recipe"], f"{run}/run.json"), chosen, name
     recipes = getattr(module, "RECIPES", {chosen: common.Recipe()})
     if chosen not in recipes:
         raise ValueError(f"{method} has no recipe {chosen!r}; --recipe takes another's: {', '.join(recipes)}")
@@ -277,8 +238,8 @@ def recipe_of(method, about, given, run):
 def variants(recipe, changed, against, switches, action):
     """The recipes asked for: all combinations of switches with commas, then one for each --against."""
     many = {k: v.split(",") for k, v in changed.items() if isinstance(v, str) and "," in v and k != "weights"}
-    if many and action not in ("eval", "profile"):
-        raise ValueError(f"{', '.join(many)}: several values are for eval and profile; {action} takes one")
+    if (many or against) and action not in ("eval", "profile"):
+        raise ValueError(f"several values are for eval and profile; {action} takes one of {', '.join(many)}")
     found = []
     for values in itertools.product(*many.values()):
         one = dict(zip(many, values))
@@ -311,30 +272,29 @@ def reading(path):
     """What is wrong with a file of ours, whatever its shape, becomes an error that names it."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, not the JSON that train.py writes ({error})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or does not fit: {str(error) or repr(error):.300}") from None
+
+
+def checked(value, **kinds):
+    """A dict that has these keys, of these types."""
+    for key, kind in kinds.items():
+        if not isinstance(value[key], kind):
+            raise ValueError(f"{key} is {value[key]!r:.80}")
+    return value
 
 
 def read_json(path, **kinds):
-    """A JSON object that has these keys, of these types."""
+    """A JSON object of ours."""
     with reading(path):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not all(isinstance(value[key], kind) for key, kind in kinds.items()):
-            raise ValueError("a value of another type")
-        return value
+        return checked(json.loads(Path(path).read_text(encoding="utf-8")), **kinds)
 
 
 def read_run(folder):
     """run.json of a run folder."""
     path = Path(folder) / "run.json"
     if not path.is_file():
-        method, _, name = path.parent.name.partition("-")
-        hint = (
-            f"; python train.py --method {method} --data {name or 'toy'} makes it"
-            if method in METHODS
-            else runs_here()
-        )
-        raise FileNotFoundError(f"{folder} is no run folder (it has no run.json){hint}")
+        raise FileNotFoundError(f"{folder} is no run folder (it has no run.json){runs_here()}")
     about = read_json(path, method=str, data=str, recipe=dict, recipe_name=str, classes=list, flags=dict)
     if about["method"] not in METHODS or about["data"] not in data.DATASETS:
         raise ValueError(f"{path}: unknown method {about['method']!r} or data {about['data']!r}")
@@ -346,28 +306,26 @@ def read_log(folder):
     path, entries = Path(folder) / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError), reading(path):
-            entry = json.loads(line)
+            entry = checked(json.loads(line), step=int, epoch=int, seconds=float)
             for value in entry.values():
-                statistics.mean(map(float, value.values() if isinstance(value, dict) else [value]))
-            entries += [entry] * (entry["step"] > 0 and entry["epoch"] > 0 and entry["seconds"] >= 0)
+                statistics.fmean(value.values() if isinstance(value, dict) else [value])
+            entries.append(entry)
     return entries
 
 
-def values_of(options, values, source):
-    """Fields of an Options object from a file, where nothing is sure and tuples are lists: read as flags."""
+def options_of(options, values, source):
+    """Options with fields from a file, where nothing is sure and tuples are lists: read as flags."""
     words = []
-    for name, value in values.items():
-        name = str(name).replace("_", "-")
-        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={text}")
-    try:
+    with reading(source):
+        for name, value in values.items():
+            flag = str(name).replace("_", "-")
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            yes = "" if value else "no-"
+            words.append(f"--{yes}{flag}" if isinstance(value, bool) else f"--{flag}={text}")
         found, unknown = Parser(options).read(words)
         if unknown:
             raise ValueError(f"{unknown[0]} is unknown; use the commit that wrote it")
-        replace(options, **found)  # checks the ranges
-        return found
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        return replace(options, **found)
 
 
 def write_text(path, text):
@@ -390,6 +348,8 @@ def make_folder(path):
 
 # ------------------------------------------------------------------------------------------ 2 seed and device
 
+MEETING = 120  # seconds that a process waits for the others to start
+
 
 @dataclass
 class World:
@@ -398,27 +358,22 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    control: object = None  # gloo group for small messages, so that they never wait for the GPU
 
     def sum(self, values):
-        """Sum an array over the processes."""
+        """Sum an array over the processes, on the CPU, so that it never waits for the GPU."""
         if self.size > 1:
-            dist.all_reduce(torch.from_numpy(values), group=self.control)  # in place
+            dist.all_reduce(torch.from_numpy(values))  # in place
         return values
 
 
 def start(flags):
     """Device, precision and process group -> World."""
-    local, size = (
-        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     use_cuda = flags.device != "cpu" and torch.cuda.is_available()
     if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {local} of this machine has no GPU; start {torch.cuda.device_count()} processes"
-        )
+        raise ValueError(f"process {local} has no GPU; start {torch.cuda.device_count()} processes a machine")
     device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -427,14 +382,23 @@ def start(flags):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    if size == 1:
-        return World(device)
+    if size > 1:
+        meet("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+    return World(device, dist.get_rank() if size > 1 else 0, size)
+
+
+def meet(backend):
+    """Join the other processes; one whose port another program holds would wait for ever in torch's code."""
+    problem = f"no meeting at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    problem += "; start all processes, or give another --master-port"
+    late = threading.Timer(MEETING, lambda: os._exit(fail(1, problem)))
+    late.start()
     try:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.init_process_group(backend)
     except RuntimeError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise OSError(f"no meeting at {place}, give another --master-port ({first_line(error)})") from None
-    return World(device, dist.get_rank(), size, dist.new_group(backend="gloo"))
+        raise OSError(f"{problem} ({error})") from None
+    finally:
+        late.cancel()
 
 
 def seed_step(seed, step, rank):
@@ -444,9 +408,9 @@ def seed_step(seed, step, rank):
 
 def autocast(recipe, device):
     """Context of the recipe's mixed precision."""
-    bf16 = recipe.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if bf16 else recipe.amp)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.float16 if recipe.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=auto if recipe.amp == "auto" else recipe.amp != "off")
 
 
 # -------------------------------------------------------------------------------------- 3 to 5 data and model
@@ -473,15 +437,9 @@ def make_loader(photos, flags, world, **sampling):
     if workers < 0:  # images in memory need none
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, cores) if photos.split.images is None else 0
-    return torch.utils.data.DataLoader(
-        photos,
-        num_workers=workers,
-        timeout=55 if workers else 0,
-        pin_memory=world.device.type == "cuda",
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
-        **sampling,
-    )
+    how = dict(num_workers=workers, timeout=55 if workers else 0, worker_init_fn=ignore_signals)
+    pinned, generator = world.device.type == "cuda", torch.Generator()
+    return torch.utils.data.DataLoader(photos, pin_memory=pinned, generator=generator, **how, **sampling)
 
 
 def to_model(images, recipe, device):
@@ -492,9 +450,8 @@ def to_model(images, recipe, device):
 
 def build(recipe, num_classes, flags, world):
     """The method's model on its device, convolutions in channels_last."""
-    model = (
-        METHODS[flags.method].build(recipe, num_classes).to(world.device, memory_format=torch.channels_last)
-    )
+    model = METHODS[flags.method].build(recipe, num_classes)
+    model.to(world.device, memory_format=torch.channels_last)
     if flags.compile:
         model.compile()
     return model
@@ -532,45 +489,39 @@ class Run:
         usual = [f"runs/{flags.method}", flags.data, flags.recipe * (flags.recipe != flags.data), flags.name]
         self.folder = Path(flags.resume or flags.out or "-".join(filter(None, usual)))
         self.last, self.result = self.folder / "last.pt", self.folder / "result.json"
-        self.flags, self.world, self.lead = flags, world, world.rank == 0
-        self.sums, self.clock = {}, time.perf_counter()
+        self.resumed, self.world, self.lead = flags.resume, world, world.rank == 0
         self.refuse_others()
 
     def refuse_others(self):
         """Never write into another run; a folder that has no checkpoint is begun anew."""
-        if self.result.exists() or self.last.exists() and not self.flags.resume:
-            made = read_run(self.folder).get("command")
-            how = (
-                f"eval {self.folder} shows"
-                if self.result.exists()
-                else f"--resume {self.folder} goes on with"
-            )
-            raise ValueError(
-                f"{self.folder} holds the run of: {made}; {how} it, --out DIR or --name NAME makes another"
-            )
+        holds, other = f"{self.folder} holds a run", "--out DIR or --name NAME makes another"
+        if self.result.exists():
+            raise ValueError(f"{holds}, finished: eval {self.folder} shows it; {other}")
+        if self.last.exists() and not self.resumed:
+            raise ValueError(f"{holds}: --resume {self.folder} goes on with it; {other}")
 
     def open(self, about, parts):
         """Take the folder; fill model, optimizer and scaler from last.pt, if any -> the first step."""
-        self.about, self.parts = about, parts
+        self.about, self.parts, self.sums, step = about, parts, {}, 0
         if self.lead:
-            self.lock = open(
-                make_folder(self.folder) / ".lock", "w"
-            )  # held until this process ends, however it ends
+            make_folder(self.folder)
+            self.lock = open(self.folder / ".lock", "w")  # held until this process ends, however it ends
             try:
                 "fcntl" in globals() and fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(
-                    f"{self.folder}: another process trains in it; wait, or choose --out DIR"
-                ) from None
+                problem = f"{self.folder}: another process trains in it; wait, or choose --out DIR"
+                raise ValueError(problem) from None
             self.refuse_others()
-        log, step = read_log(self.folder) if self.last.exists() else [], 0
-        log = [line for line in log if line["step"] < about["steps"] or {"val", "test"} & {*line}]
+        log = read_log(self.folder) if self.last.exists() else []
+        log = [entry for entry in log if entry["step"] < about["steps"]]  # the last epoch is scored again
         if self.lead:  # without lines that were cut short, or of a run that was killed before a checkpoint
             write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
         if self.last.exists():
-            state = read_checkpoint(self.last, about)
-            for name, part in parts.items():
-                restore(part, state[name], self.last)
+            state = read_checkpoint(self.last)
+            check_classes(self.last, state["classes"], about["classes"])
+            with reading(self.last):
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
             step = state["step"]
             if step not in [entry["step"] for entry in log]:
                 self.sums = {name: value * self.lead for name, value in state["sums"].items()}
@@ -578,8 +529,8 @@ class Run:
             write_json(self.folder / "run.json", about)
         if self.lead:
             say(f"{about['method']} on {about['data']}: {about['note']}")
-            size, images = about["parameters"] / 1e6, about["recipe"]["batch_size"]
-            say(f"{size:.2f} M parameters, step {step} to {about['steps']} of {images} images: {self.folder}")
+            size, of = about["parameters"] / 1e6, f"of {about['recipe']['batch_size']} images"
+            say(f"{size:.2f} M parameters, step {step} to {about['steps']} {of}: {self.folder}")
         self.clock = time.perf_counter()
         return step
 
@@ -596,17 +547,16 @@ class Run:
         self.sums = dict(zip(self.sums, (sums * self.lead).tolist()))
         if self.lead:
             state = {name: self.about[name] for name in ("method", "data", "classes", "recipe")}
-            state |= {"step": step, "sums": self.sums} | {
-                name: part.state_dict() for name, part in self.parts.items()
-            }
-            common.save_checkpoint(self.last, state)
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
+            common.save_checkpoint(self.last, state | {"step": step, "sums": self.sums})
 
     def close_epoch(self, entry, scores, left):
         """Write and say the epoch's line: the mean terms of its steps, and the scores."""
-        steps, seconds, terms = self.sums.pop("steps"), self.sums.pop("seconds") / self.world.size, {}
         if self.lead:
+            steps, seconds = self.sums.pop("steps"), self.sums.pop("seconds") / self.world.size
             terms = {name: round(value / steps, 6) for name, value in self.sums.items()}
-            rate = round(steps / self.world.size * self.about["recipe"]["batch_size"] / max(seconds, 1e-9), 1)
+            images = steps / self.world.size * self.about["recipe"]["batch_size"]
+            rate = round(images / seconds, 1)
             entry |= terms | scores | {"seconds": round(seconds, 2), "images_per_second": rate}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry, default=float) + "\n")
@@ -616,57 +566,32 @@ class Run:
         self.sums, self.clock = {}, time.perf_counter()
 
 
-def read_checkpoint(path, about=None):
-    """last.pt of a run; `about`: the method and the classes that it has to have."""
+def read_checkpoint(path):
+    """last.pt of a run."""
     state = common.load_checkpoint(path)
-    kinds = dict(
-        method=str, classes=list, recipe=dict, step=int, sums=dict, model=dict, optimizer=dict, scaler=dict
-    )
-    wrong = [
-        key
-        for key, kind in kinds.items()
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind)
-    ]
-    if wrong or state["method"] not in METHODS:
-        raise ValueError(
-            f"{path} lacks {', '.join(wrong) or 'a method'}: use the commit in the run's run.json"
-        )
-    if about and (state["method"], state["classes"]) != (about["method"], about["classes"]):
-        other = ", ".join(sorted(map(str, {*state["classes"]} ^ {*about["classes"]}))[:3])
-        raise ValueError(
-            f"{path} is of {state['method']} with other classes ({other}); use the run's data, or train anew"
-        )
-    return state
+    with reading(path):
+        if state["method"] not in METHODS:
+            raise ValueError(f"unknown method {state['method']!r}")
+        kinds = dict.fromkeys(("recipe", "sums", "model", "optimizer", "scaler"), dict)
+        return checked(state, classes=list, step=int, **kinds)
 
 
-def restore(part, state, path):
-    """load_state_dict, whose dozen errors become one line."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise ValueError(
-            f"{path} does not fit ({what}); only switches that leave the weights alone do"
-        ) from None
+def check_classes(path, classes, wanted):
+    """A checkpoint must know the classes of the data."""
+    if classes != wanted:
+        other = ", ".join(sorted(map(str, {*classes} ^ {*wanted}))[:3])
+        raise ValueError(f"{path} is of other classes ({other}); use the run's data, or train anew")
 
 
 def describe(flags, recipe, splits, model, steps, world):
     """What run.json holds."""
-    root = str(Path(flags.root).resolve()) if flags.root else ""
+    root = flags.root and os.path.abspath(flags.root)
+    packages = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     return {
-        "command": flags.command,
-        "method": flags.method,
-        "data": flags.data,
-        "recipe_name": flags.recipe,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": flags.seed,
-        "classes": splits.classes,
-        **provenance(world),
-        "processes": world.size,
-        "steps": steps,
-        "parameters": count_parameters(model),
-        "versions": {"python": sys.version.split()[0]}
-        | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
+        "command": flags.command, "method": flags.method, "data": flags.data, "recipe_name": flags.recipe,
+        "recipe": dataclasses.asdict(recipe), "seed": flags.seed, "classes": splits.classes,
+        **provenance(world), "processes": world.size, "steps": steps, "parameters": count_parameters(model),
+        "versions": packages | {"python": sys.version.split()[0]},
         "counts": {name: len(split) for name, split in vars(splits).items() if isinstance(split, data.Split)},
         "note": splits.note,
         "flags": {name: getattr(flags, name) for name in KEPT} | {"root": root},
@@ -685,9 +610,9 @@ def provenance(world):
 @functools.cache
 def git_commit():
     """Short hash of the code's commit, with '+' when tracked files are changed; 'unknown' outside git."""
-    words = "describe --always --dirty=+ --exclude=*".split()
+    words = "git describe --always --dirty=+ --exclude=*".split()
     with contextlib.suppress(OSError):
-        git = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
         return git.stdout.strip() or "unknown"
     return "unknown"
 
@@ -716,22 +641,15 @@ def live_line(text):
 
 def percentages(scores, digits=1):
     """Scores as a text: all are shares, but for the number of skipped queries."""
-    return "  ".join(
-        f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items()
-    )
+    texts = (f"{k} {v}" if k == "skipped" else f"{k} {100 * v:.{digits}f}%" for k, v in scores.items())
+    return "  ".join(texts)
 
 
 def clock(seconds):
     """Seconds as minutes:seconds, from an hour on with hours."""
     minutes, seconds = divmod(int(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-    )
-
-
-def first_line(error):
-    """What an error says, in a line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    start = f"{minutes // 60}:{minutes % 60:02d}" if minutes >= 60 else minutes
+    return f"{start}:{seconds:02d}"
 
 
 # ------------------------------------------------------------------------------------------ 7 loop
@@ -769,21 +687,25 @@ class StopRequest:
 
 
 def train(flags, recipes, world):
-    """Train one recipe to result.json -> its result, or the exit status of a run that was asked to stop."""
+    """Train one recipe to result.json. Raises KeyboardInterrupt when it was asked to stop, and has saved."""
     recipe, run = recipes[0][1], Run(flags, world)
     # 3 data
     splits = load_data(flags, recipe)
     photos = data.Photos(splits.train, recipe, train=True, seed=flags.seed, skip=flags.skip_bad_images)
     watched = {"val": splits.val} if splits.val else {"test": splits.test}
-    batches = functools.partial(
-        data.epoch_batches, splits.train, recipe, flags.seed, rank=world.rank, size=world.size
-    )
+
+    def batches(epoch):
+        return data.epoch_batches(splits.train, recipe, flags.seed, epoch, world.rank, world.size)
+
     per_epoch = len(batches(0))
     steps = recipe.iterations or recipe.epochs * per_epoch
-    # 4 model, 5 optimizer
+    # 4 model
     torch.manual_seed(flags.seed)
-    model = build(recipe, len(splits.classes), flags, world)
-    parts, parallel = parts_of(recipe, model, flags, world), on_all_processes(model, world)
+    model = parallel = build(recipe, len(splits.classes), flags, world)
+    if world.size > 1:
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    # 5 optimizer
+    parts = parts_of(recipe, model, flags, world)
     _, optimizer, scaler = parts.values()
     # 6 run folder
     step, left = run.open(describe(flags, recipe, splits, model, steps, world), parts), "?"
@@ -807,8 +729,8 @@ def train(flags, recipes, world):
                 if stopping or flags.save_every and step % flags.save_every == 0:
                     run.save(step)
                 if stopping:
-                    print(f"stopped at step {step}; {stop.advice}" * run.lead)
-                    return 128 + (stop.signal or signal.SIGTERM)
+                    status = 128 + (stop.signal or signal.SIGTERM)
+                    raise KeyboardInterrupt(status, f"stopped at step {step}; {stop.advice}")
             run.save(step)  # before the evaluation, which may be long: it can be done again
             scores = {}
             if step == steps or (epoch + 1) % flags.eval_every == 0:
@@ -820,17 +742,9 @@ def train(flags, recipes, world):
         # 8 report
         with stop.at_once():
             tested = scores_of(model, {"test": splits.test} if splits.val else {}, recipe, flags, world)
-    result = report(run, tested, *watched) if run.lead else {}
+    if run.lead:
+        report(run, tested, *watched)
     world.sum(np.zeros(1))  # the others wait until all is written
-    return result
-
-
-def on_all_processes(model, world):
-    """The model whose gradients are those of all processes."""
-    if world.size == 1:
-        return model
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def scores_of(model, splits, recipe, flags, world):
@@ -871,33 +785,26 @@ def update(model, optimizer, scaler, batch, recipe, world):
 
 def not_finite(step, loss, terms, optimizer, paths):
     """What to know of a step whose loss is not finite."""
-    terms, rate = {name: round(float(value), 4) for name, value in terms.items()}, optimizer.param_groups[0][
-        "lr"
-    ]
+    terms, rate = {name: f"{value:.4g}" for name, value in terms.items()}, optimizer.param_groups[0]["lr"]
     where = f"the loss is {loss:.4g} at step {step}, lr {rate:.3g}, terms {terms}, photos {paths}"
     return f"{where}; the last checkpoint is untouched; try a smaller --lr, --grad-clip 1 or --amp off"
 
 
 def report(run, tested, watched):
-    """8: write result.json and say what to type next -> the result. tested: scores not in the log."""
+    """8: write result.json and say what to type next. tested: scores that are not in the log."""
     log = read_log(run.folder)
     scored = [entry for entry in log if watched in entry]
     scores = tested.get("test", scored[-1][watched])
-    metric, *_ = scores
+    metric = next(iter(scores))
     best = max(scored, key=lambda entry: entry[watched][metric])
     best = {"split": watched, "metric": metric, "score": best[watched][metric], "epoch": best["epoch"]}
-    result = {
-        "split": "test",
-        **scores,
-        "best_over_epochs": best,
-        "seconds": sum(entry["seconds"] for entry in log),
-    }
+    result = {"split": "test", **scores, "best_over_epochs": best}
+    result |= {"seconds": sum(entry["seconds"] for entry in log)}
     write_json(run.result, result | {name: run.about[name] for name in ("steps", "commit", "seed")})
     say(f"result: test {percentages(scores)} after the last epoch -> {run.result}")
     print(f"next:   python train.py eval {run.folder}\n        python train.py figures {run.folder}")
     if run.about["recipe"]["task"] == "classify":
         print(f"        python train.py predict {run.folder} PHOTO_OR_FOLDER")
-    return result
 
 
 # ------------------------------------------------------------------------------------------ evaluation
@@ -915,12 +822,8 @@ def answers_of(model, split, recipe, flags, world, question):
     for images, _, indices, shown in make_loader(photos, flags, world, batch_size=batch_size, sampler=mine):
         with autocast(recipe, world.device):
             answers = question(to_model(images, recipe, world.device))
-        answers = {
-            name: value.float() if value.is_floating_point() else value for name, value in answers.items()
-        }
-        yield indices.numpy(), {
-            name: value.cpu().numpy() for name, value in {**answers, "shown": shown}.items()
-        }
+        arrays = {name: value.float().cpu().numpy() for name, value in answers.items()}
+        yield indices.numpy(), arrays | {"shown": shown.numpy()}
         done += len(images)
         left = clock((time.perf_counter() - began) / done * (len(mine) - done))
         live_line(f"{done} of {len(mine)} photos  {left} left" * (world.rank == 0))
@@ -939,10 +842,9 @@ def run_over(model, split, recipe, flags, world, question):
 def evaluate(model, split, recipe, flags, world, whole=False, untrained=None):
     """Scores of a model -> data.score's dict; `whole`: of its heads too, and of where it looks."""
     classify = recipe.task == "classify"
-    for buffer in model.buffers() if world.size > 1 else ():
-        dist.broadcast(
-            buffer, 0
-        )  # BatchNorm's statistics are each process's own: score the model that is saved
+    if world.size > 1:
+        for buffer in model.buffers():  # BatchNorm's statistics are each process's own: score what is saved
+            dist.broadcast(buffer, 0)
 
     def question(images):
         logits = model(images)
@@ -956,26 +858,22 @@ def evaluate(model, split, recipe, flags, world, whole=False, untrained=None):
         return answers
 
     def log_probabilities(some):
-        def question(images):
-            return {"answer": model(images).float().log_softmax(1)}
+        logs = lambda images: {"answer": model(images).float().log_softmax(1)}
+        return run_over(model, some, recipe, flags, world, logs)["answer"]
 
-        return run_over(model, some, recipe, flags, world, question)["answer"]
-
-    return data.score(
-        split, run_over(model, split, recipe, flags, world, question), recipe, log_probabilities
-    )
+    answers = run_over(model, split, recipe, flags, world, question)
+    return data.score(split, answers, recipe, log_probabilities)
 
 
 def load(run, device="cpu", recipe=None):
     """A run's model, ready to answer -> (model, classes, recipe); `recipe`: with changes for eval alone."""
     path = Path(run) / "last.pt"
-    if Path(run).is_dir() and not path.exists():
-        raise FileNotFoundError(f"{run} has no checkpoint yet; python train.py --resume {run} trains it")
     state = read_checkpoint(path)
     module = METHODS[state["method"]]
-    recipe = recipe or module.Recipe(**values_of(module.Recipe(), state["recipe"], path))
+    recipe = recipe or options_of(module.Recipe(), state["recipe"], path)
     model = module.build(replace(recipe, weights="none"), len(state["classes"]))
-    restore(model, state["model"], path)
+    with reading(path):
+        model.load_state_dict(state["model"])
     return model.to(device, memory_format=torch.channels_last).eval(), state["classes"], recipe
 
 
@@ -983,18 +881,18 @@ def load(run, device="cpu", recipe=None):
 def scored(run, recipe, flags, world):
     """A run on its test images under a recipe -> its scores, where it looks, what it costs."""
     splits, untrained = load_data(flags, recipe), None
-    read_checkpoint(Path(run) / "last.pt", {"method": flags.method, "classes": splits.classes})
-    model, _, _ = load(run, world.device, recipe)
+    model, classes, _ = load(run, world.device, recipe)
+    check_classes(Path(run) / "last.pt", classes, splits.classes)
     if splits.test.swap:  # drawn images: where an untrained network looks is salience, not knowledge
         with torch.random.fork_rng():
             torch.manual_seed(flags.seed)
-            untrained = build(replace(recipe, weights="none"), len(splits.classes), flags, world).eval()
+            untrained = build(replace(recipe, weights="none"), len(classes), flags, world).eval()
     if flags.compile:
         model.compile()
     row = evaluate(model, splits.test, recipe, flags, world, True, untrained)
     image = torch.zeros(1, 3, *recipe.image_size, device=world.device)
     ms = statistics.median(seconds_of(lambda: model(image), world) for _ in range(5)) * 1e3
-    return row | costs_of(model, image) | {"ms": ms, "classes": splits.classes}
+    return row | costs_of(model, image) | {"ms": ms, "classes": classes}
 
 
 def evaluate_run(flags, recipes, world):
@@ -1010,7 +908,7 @@ def evaluate_run(flags, recipes, world):
             say(f"   heads: {percentages(row['heads'], 2)}")
         for text in row.get("lines", ()):
             say(f"   {text}")
-    classes, first = rows[0]["classes"], rows[0]
+    first, classes = rows[0], rows[0]["classes"]
     if "per_class" in first:
         weak = sorted(first["per_class"].items(), key=lambda item: item[1][0] / item[1][1])[:5]
         say("   weakest classes: " + "; ".join(f"{classes[c]} {right}/{n}" for c, (right, n) in weak))
@@ -1029,9 +927,7 @@ def predict(flags, recipes, world):
     recipe = recipes[0][1]
     model, classes, _ = load(flags.run, world.device, recipe)
     if recipe.task != "classify":
-        raise ValueError(
-            "this run ranks identities and has no classes to predict; look at it with eval and figures"
-        )
+        raise ValueError("this run ranks identities and has no classes to predict; see eval and figures")
 
     def question(images):
         shares, order = model(images).float().softmax(1).sort(descending=True, stable=True)
@@ -1040,47 +936,32 @@ def predict(flags, recipes, world):
 
     split = data.Split(data.list_photos(flags.words), None, upright=True)
     data.Photos(split, recipe)  # refuses a recipe that photos cannot have before anything is written
-    out, bad, flags = (
-        make_folder(flags.out or f"{flags.run}/predict"),
-        [],
-        replace(flags, skip_bad_images=True),
-    )
+    out, bad, separator = make_folder(flags.out or f"{flags.run}/predict"), [], ""
+    flags = replace(flags, skip_bad_images=True)
+    answers = answers_of(model, split, recipe, flags, World(world.device), question)
     how = dict(mode="w", newline="", encoding="utf-8")
     with open(out / "predictions.csv", **how) as table, open(out / "predictions.json", **how) as file:
         rows = csv.writer(table)
         ranks = range(1, 1 + min(5, len(classes)))
         rows.writerow(["path", *(f"{name} {rank}" for rank in ranks for name in ("class", "probability"))])
-        separator = (
-            json.dumps({"run": flags.run, "command": flags.command, **provenance(world)})[:-1]
-            + ', "photos": [\n'
-        )
-        for indices, answers in answers_of(model, split, recipe, flags, World(world.device), question):
-            for i, top, shares, boxes, scores, shown in zip(indices, *answers.values()):
-                path = str(split.paths[i])
-                if np.isnan(shown).any():
-                    bad.append(path)
-                    print(f"train.py: {path}: cannot be read as a photo; skipped", file=sys.stderr)
-                    continue
-                top = [(classes[c], round(float(share), 4)) for c, share in zip(top, shares)]
-                boxes = data.to_photo(boxes, shown, recipe.image_size)
-                entry = {
-                    "path": path,
-                    "top": top,
-                    "boxes": boxes.round(2).tolist(),
-                    "scores": scores.tolist(),
-                }
-                if flags.pictures:
-                    entry["picture"] = picture_of(path, top, boxes[:6], out)
-                rows.writerow([path, *itertools.chain(*top)])
-                file.write(separator + json.dumps(entry, ensure_ascii=False))
-                separator = ",\n"
-                say(
-                    f"{i + 1}/{len(split)} {path}: " + ", ".join(f"{name} {share:.1%}" for name, share in top)
-                )
-        separator = (
-            separator if len(bad) == len(split) else ""
-        )  # no photo at all: the head is still to be written
-        file.write(f'{separator}], "unreadable": {json.dumps(bad, ensure_ascii=False)}}}\n')
+        about = {"run": flags.run, "command": flags.command, **provenance(world)}
+        file.write(json.dumps(about)[:-1] + ', "photos": [\n')
+        for i, top, shares, boxes, scores, shown in (one for n, a in answers for one in zip(n, *a.values())):
+            path = str(split.paths[i])
+            if np.isnan(shown).any():
+                bad.append(path)
+                print(f"train.py: {path}: cannot be read as a photo; skipped", file=sys.stderr)
+                continue
+            top = [(classes[int(c)], round(float(share), 4)) for c, share in zip(top, shares)]
+            boxes = data.to_photo(boxes, shown, recipe.image_size)
+            entry = {"path": path, "top": top, "boxes": boxes.round(2).tolist(), "scores": scores.tolist()}
+            if flags.pictures:
+                entry["picture"] = picture_of(path, top, boxes[:6], out)
+            rows.writerow([path, *itertools.chain(*top)])
+            file.write(separator + json.dumps(entry, ensure_ascii=False))
+            separator = ",\n"
+            say(f"{i + 1}/{len(split)} {path}: " + ", ".join(f"{name} {share:.1%}" for name, share in top))
+        file.write(f'], "unreadable": {json.dumps(bad, ensure_ascii=False)}}}\n')
     print(f"written: {out}/predictions.csv, predictions.json" + ", a picture of each photo" * flags.pictures)
     if bad:
         say(f"{len(bad)} of {len(split)} files could not be read: {', '.join(bad)}")
@@ -1092,19 +973,15 @@ def picture_of(path, top, boxes, out):
     photo = data.open_photo(path)
     scale = min(1.0, 800 / max(photo.size))
     width, height = (max(1, round(side * scale)) for side in photo.size)
-    numbers = [str(n + 1) for n in range(len(boxes))]
-    photo = common.draw_boxes(
-        photo.resize((width, height), reducing_gap=2), boxes * scale, numbers, width=2 + height // 300
-    )
+    photo = photo.resize((width, height), reducing_gap=2)
+    photo = common.draw_boxes(photo, boxes * scale, "123456", width=2 + height // 300)
     page = Image.new("RGB", (max(360, width), height + 80), "white")
     page.paste(photo)
     draw, middle = ImageDraw.Draw(page), page.width // 2
     for n, (name, share) in enumerate(top[:3]):
-        y = height + 6 + 24 * n
+        y, right = height + 6 + 24 * n, middle + share * (middle - 6)
         common.write(draw, (6, y), f"{share:.1%}  {name}", 16, middle - 12, fill="black")
-        draw.rectangle(
-            (middle, y, middle + share * (middle - 6), y + 16), fill=common.COLOURS[n], outline="black"
-        )
+        draw.rectangle((middle, y, right, y + 16), fill=common.COLOURS[n], outline="black")
     for n in itertools.count(1):
         name = f"{Path(path).stem}-{n}.png" if n > 1 else f"{Path(path).stem}.png"
         with contextlib.suppress(FileExistsError), open(out / name, "xb") as file:
@@ -1144,55 +1021,37 @@ def pages_of(model, classes, recipe, split, chosen, world):
         pictures, answers = model.figure(images), model(images).float()
     pages = []
     for i, picture, answer in zip(chosen, pictures, answers):
-        name, label = Path(split.paths[i]).name, split.labels[i]
+        label, known = split.labels[i], f"identity {split.labels[i]}"
         if recipe.task == "classify":
-            share, best = answer.softmax(0).max(0)
+            (share, best), known = answer.softmax(0).max(0), classes[label]
             colour = "#1a7f37" if best == label else "#c62828"
             picture = common.headed(picture, f"{classes[best]} {share:.1%}", colour)
-        named = classes[label] if recipe.task == "classify" else f"identity {label}"
-        pages.append(common.headed(picture, f"{name}   {named}"))
+        pages.append(common.headed(picture, f"{Path(split.paths[i]).name}   {known}"))
     return pages
 
 
 def curves(runs):
-    """Learning curves of runs: losses, shares, rate, and accuracy against cost of eval's variants."""
-    charts = {
-        ("losses", "epoch", "nats"): {},
-        ("accuracy", "epoch", "%"): {},
-        ("learning rate", "epoch", ""): {},
-    }
-    losses, shares, rates = charts.values()
+    """Learning curves of runs: losses, shares, rate."""
+    losses, shares, rates = {}, {}, {}
     for run in runs:
         tag = f"{Path(run).name} " if len(runs) > 1 else ""
         for entry in read_log(run):
             for name, value in entry.items():
-                chart, factor = losses, 1
+                chart = losses
                 if isinstance(value, dict):  # val, test: the headline
-                    (name, value), chart, factor = (
-                        (f"{name} {next(iter(value))}", next(iter(value.values()))),
-                        shares,
-                        100,
-                    )
+                    (score, value), *_ = value.items()
+                    chart, name, value = shares, f"{name} {score}", 100 * value
                 elif name.startswith(("top1", "reward")):
-                    name, chart, factor = f"training {name}", shares, 100
+                    chart, name, value = shares, f"training {name}", 100 * value
                 elif name == "lr":
                     chart = rates
-                skip = (
-                    name in ("step", "epoch", "seconds", "images_per_second")
-                    or chart is losses
-                    and tag
-                    and name != "loss"
-                )
-                if isinstance(value, (int, float)) and not skip:
-                    chart.setdefault(tag + name, []).append((entry["epoch"], factor * value))
-        path = Path(run) / "eval.json"
-        rows = read_json(path, rows=list)["rows"] if path.exists() else []
-        if len(rows) > 1:
-            with reading(path):
-                points = sorted((float(row["macs"]), 100 * [*row["scores"].values()][0]) for row in rows)
-            charts.setdefault(("accuracy against cost", "GMACs an image", "%"), {})[Path(run).name] = points
-    size = (460, 300 + 16 * max(map(len, charts.values())))
-    return common.stack([common.plot(*names, series, size) for names, series in charts.items()], across=True)
+                elif name in ("step", "epoch", "seconds", "images_per_second") or tag and name != "loss":
+                    continue
+                chart.setdefault(tag + name, []).append((entry["epoch"], value))
+    size = (460, 300 + 16 * max(map(len, (losses, shares, rates))))
+    charts = ("losses", "nats", losses), ("accuracy", "%", shares), ("learning rate", "", rates)
+    plots = [common.plot(title, "epoch", unit, series, size) for title, unit, series in charts]
+    return common.stack(plots, across=True)
 
 
 # ------------------------------------------------------------------------------------------ profile
@@ -1200,25 +1059,19 @@ def curves(runs):
 
 def peak_memory(work, world):
     """Bytes that `work()` needs at its peak above what is held before; nan where the system cannot tell."""
-    gc.collect()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds_of(work, world)
+        work()
         return torch.cuda.max_memory_allocated() - before
-
-    def status(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on what is held
     except (OSError, AttributeError):
         return math.nan
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work()
-    return status("VmHWM") - before
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def seconds_of(work, world):
@@ -1234,12 +1087,10 @@ def seconds_of(work, world):
 def workloads(flags, recipe, classes, world):
     """A recipe's costs, and what is timed: inference and a training step on a random batch."""
     size, group = flags.profile_batch, max(1, recipe.instances)
-    if size % group:
-        raise ValueError(f"--profile-batch {size} holds no whole groups of {group} images; give a multiple")
     recipe = replace(recipe, weights="none", accumulate=1)
     parts = parts_of(recipe, build(recipe, classes, flags, world), flags, world)
-    model = parts["model"]
-    for one in parts["optimizer"].param_groups:
+    model, optimizer, _ = parts.values()
+    for one in optimizer.param_groups:
         one["lr"] = 1e-12  # real steps, but the weights stay (0 would freeze them)
     pixels = torch.randint(0, 256, (size, 3, *recipe.image_size), dtype=torch.uint8)
     batch, images = (pixels, torch.arange(size) // group % classes), to_model(pixels, recipe, world.device)
@@ -1264,8 +1115,6 @@ def costs_of(model, image):
 
 def profile(flags, recipes, world):
     """The profile action: variants timed in turn, so that ratios hold; the first is 1.00."""
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     classes = flags.classes or (len(read_run(flags.run)["classes"]) if flags.run else 100)
     rows, works = [], []
     for label, recipe in recipes:
@@ -1278,12 +1127,12 @@ def profile(flags, recipes, world):
     order = np.random.default_rng(flags.seed)
     for i in itertools.chain(*(order.permutation(len(works)) for _ in range(flags.rounds))):
         works[i][3].append(seconds_of(works[i][2], world))
-    for n, (row, kind, _, times) in enumerate(works):
-        first, _, _, base = works[n % (len(works) // len(rows))]
-        row[f"{kind} MB ratio"] = row[f"{kind} MB"] / max(1e-6, first[f"{kind} MB"])
+    first = {}
+    for row, kind, _, times in works:
         row[f"{kind} ms/image"] = statistics.median(times) / flags.profile_batch * 1e3
         row[f"{kind} images/s"] = 1e3 / row[f"{kind} ms/image"]
-        row[f"{kind} ratio"] = statistics.median(a / b for a, b in zip(times, base))
+        ratios = (a / b for a, b in zip(times, first.setdefault(kind, times)))
+        row[f"{kind} ratio"] = statistics.median(ratios)
     about = {"command": flags.command, "method": flags.method, **provenance(world), "classes": classes}
     about |= {"batch": flags.profile_batch, "rounds": flags.rounds, "torch": torch.__version__}
     say(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -1295,16 +1144,12 @@ def profile(flags, recipes, world):
 def text_table(rows):
     """Dicts with the same keys -> a Markdown table with aligned columns; numbers with four digits."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells)]
+    widths = [max(map(len, column)) for column in zip(rows[0], *cells)]
     lines = [list(rows[0]), ["-" * width for width in widths], *cells]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------ table
-
-
-class Refused(Exception):
-    """What the user has to decide before a table can go on."""
 
 
 @dataclass
@@ -1323,7 +1168,7 @@ class Row:
 
 def key_of(name):
     """A row's name in file names and for --rows."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
 
 
 def rows_of(method, flags, base):
@@ -1333,27 +1178,26 @@ def rows_of(method, flags, base):
     weights = {key_of(name): path for name, _, path in (pair.rpartition("=") for pair in flags.row_weights)}
     for name, overrides, paper in table.rows:
         key, (training, evaluation, start) = key_of(name), common.split_row(overrides)
-        backbone = getattr(replace(METHODS[method].RECIPES[table.data], **training), "backbone", None)
+        own = replace(METHODS[method].RECIPES[table.data], **training)  # the paper's
         if table.data != flags.data:
             training = {field: value for field, value in training.items() if field in switches}
-        recipe = replace(
-            base, **training | {"weights": weights.get(key, training.get("weights", base.weights))}
-        )
-        label, ours = name if flags.method else f"{method}: {name}", getattr(recipe, "backbone", None)
-        if ours != backbone:
-            label += f" ({ours})"
-        if ours != backbone or table.data != flags.data:
-            paper = None
-        home = next(
-            (row.home for row in rows if (row.recipe, row.start) == (recipe, start)), f"{method}-{key}"
-        )
+        if key in weights:
+            training = training | {"weights": weights[key]}
+        recipe, label = replace(base, **training), name if flags.method else f"{method}: {name}"
+        backbone = getattr(recipe, "backbone", None)
+        same = backbone == getattr(own, "backbone", None)
         paper = paper if isinstance(paper, tuple) else (paper,)
+        if table.data != flags.data or not same:
+            paper = (None,)
+        trained = (row.home for row in rows if (row.recipe, row.start) == (recipe, start))
+        home = next(trained, f"{method}-{key}")
+        label += "" if same else f" ({backbone})"
         rows.append(Row(method, key, label, paper, recipe, evaluation, start, home))
     return rows
 
 
 def table(flags, recipes, world):
-    """The table action: rows over seeds, beside the paper -> results.md, results.json, a JSON a row."""
+    """The table action: rows over seeds, beside the paper -> results.md, a JSON a row."""
     recipe, names = recipes[0][1], [flags.method] if flags.method else [*METHODS]
     names = [name for name in names if flags.method or flags.data in METHODS[name].RECIPES]
     tables = METHODS[names[0]].TABLES
@@ -1364,66 +1208,50 @@ def table(flags, recipes, world):
         raise ValueError(f"no table {flags.table!r} of {names[0]}; it has: {', '.join(tables)}")
     rows, given = [], {k: v for k, v in vars(recipe).items() if v != getattr(common.Recipe(), k, v)}
     for name in names:
-        rows += rows_of(
-            name, flags, recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given)
-        )
+        base = recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given)
+        rows += rows_of(name, flags, base)
     keys, chosen = [row.key for row in rows], [key_of(name) for name in flags.rows]
     unknown = {*chosen, *(key_of(pair.rpartition("=")[0]) for pair in flags.row_weights)} - {*keys}
     if unknown or not flags.seeds:
-        raise ValueError(
-            f"--rows {', '.join(unknown)}: the rows are {', '.join(keys)}; give one seed at least"
-        )
+        raise ValueError(f"the rows are {', '.join(keys)}, not {', '.join(unknown)}; give one seed at least")
     load_data(flags, rows[0].recipe)  # says what is wrong with --root, once for all rows
-    title = (
-        f"{flags.method or 'all methods'}, table {flags.table}: {tables[flags.table].title}; on {flags.data}"
-    )
+    one, whose = tables[flags.table], flags.method or "all methods"
     folder = Path(flags.out or f"runs/table-{flags.method or 'all'}-{flags.table}-{flags.data}")
-    about, lines = {"title": title, "command": flags.command, **provenance(world), "seeds": flags.seeds}, []
+    about = {"title": f"{whose}, table {flags.table}: {one.title}; on {flags.data}", "command": flags.command}
+    about, lines = about | provenance(world) | {"seeds": flags.seeds}, []
     for row in (row for row in rows if not chosen or row.key in chosen):
         results, problem = [], ""
         try:
-            for seed in flags.seeds:
-                results.append(finish_row(row, rows, seed, folder, flags, world))
-                if isinstance(results[-1], int):
-                    return results[-1]  # stopped
+            results = [finish_row(row, rows, seed, folder, flags, world) for seed in flags.seeds]
         except (ValueError, FileNotFoundError) as error:  # a row that this data cannot have; the others go on
-            results, problem = [], " ".join(str(error).split())
-        lines.append(line_of(row, results, problem, tables[flags.table].metric.split()))
+            problem = " ".join(str(error).split())
+        lines.append(line_of(row, results, problem, one.metric.split()))
         if world.rank == 0:
-            one = {**dataclasses.asdict(row), "problem": problem, "results": results}
-            write_json(make_folder(folder) / f"{row.method}-{row.key}.json", about | one)
+            kept = {**dataclasses.asdict(row), "line": lines[-1], "results": results}
+            write_json(make_folder(folder) / f"{row.method}-{row.key}.json", about | kept)
     if world.rank == 0:
-        shown = [name for name in lines[0] if any(line[name] not in ("-", "nan") for line in lines)]
+        empty = ("-", "nan", about["commit"])
+        shown = [name for name in lines[0] if any(line[name] not in empty for line in lines)]
         cells = text_table([{name: line[name] for name in shown} for line in lines])
         text = "\n".join([*(f"{name}: {value}" for name, value in about.items()), "", cells, ""])
         write_text(folder / "results.md", text)
-        write_json(folder / "results.json", about | {"rows": lines})
-        print(text + f"written: {folder}/results.md, results.json")
+        print(text + f"written: {folder}/results.md, a JSON of each row")
 
 
 def finish_row(row, rows, seed, folder, flags, world):
-    """One row and seed: its result, read or trained, and how eval saw it; or the exit status of a stop."""
+    """One row and seed, trained unless its run is there -> its result, and how eval saw it."""
     home, recipe, module = folder / f"{row.home}-seed{seed}", row.recipe, METHODS[row.method]
     if row.start:
         start = next(other for other in rows if (other.method, other.key) == (row.method, key_of(row.start)))
-        status = finish_row(start, rows, seed, folder, flags, world)
-        if isinstance(status, int):
-            return status
+        finish_row(start, rows, seed, folder, flags, world)
         recipe = replace(recipe, weights=str(folder / f"{start.home}-seed{seed}"))
-    own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(home))
     begun = (home / "last.pt").exists()
-    trained = values_of(module.Recipe(), read_run(home)["recipe"], f"{home}/run.json") if begun else {}
-    if begun and module.Recipe(**trained) != recipe:
-        raise Refused(f"{home} was trained with other settings; delete it, or choose another --out")
+    if begun and options_of(module.Recipe(), read_run(home)["recipe"], f"{home}/run.json") != recipe:
+        raise FileExistsError(f"{home} was trained with other settings; delete it, or choose another --out")
+    own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(home))
     if not (home / "result.json").exists():
-        trained = train(replace(own, resume=str(home) * begun), [("", recipe)], world)
-        if isinstance(trained, int):
-            return trained
+        train(replace(own, resume=str(home) * begun), [("", recipe)], world)
     result = read_json(home / "result.json", commit=str, seconds=float)
-    if result["commit"] != git_commit() and not flags.any_commit:
-        raise Refused(
-            f"{home} is of commit {result['commit']}, this is {git_commit()}; delete it, or --any-commit"
-        )
     with reading(home / "result.json"):
         evaluations = result["evaluations"] = dict(result.get("evaluations", {}))
     key = json.dumps(row.evaluation, sort_keys=True)
@@ -1440,17 +1268,18 @@ def finish_row(row, rows, seed, folder, flags, world):
 
 def line_of(row, results, problem, metrics):
     """A row as it is printed: the paper and ours, mean +- sd (n) over the seeds, shares in %."""
-    line = {"row": row.label}
-    for i, metric in enumerate([*metrics, "seconds", "params", "macs", "ms", "pointing", "iou"]):
-        values = [numbers_of(result).get(metric, math.nan) for result in results]
-        ours = f"{statistics.mean(values):.4g}" if values else problem if i == 0 else "-"
-        if len(values) > 1:
-            ours += f" +- {statistics.stdev(values):.2g} ({len(values)})"
-        if i < len(metrics):
-            line[f"{metric}, paper"] = (
-                "-" if (paper := row.paper[i % len(row.paper)]) is None else f"{paper:g}"
-            )
-        line |= {metric: ours} if metric not in line else {}
+    line, numbers = {"row": row.label}, [numbers_of(result) for result in results]
+    line["commit"] = ", ".join(sorted({result["commit"] for result in results}))
+    for i, metric in enumerate(metrics):
+        paper = row.paper[i % len(row.paper)]
+        line[f"{metric}, paper"] = "-" if paper is None else f"{paper:g}"
+        line[metric] = problem
+    for metric in [*metrics, "seconds", "params", "macs", "ms", "pointing", "iou"]:
+        values = [one.get(metric, math.nan) for one in numbers]
+        if values:
+            spread = f" +- {statistics.stdev(values):.2g} ({len(values)})" if values[1:] else ""
+            line[metric] = f"{statistics.mean(values):.4g}{spread}"
+        line.setdefault(metric, "-")
     return line
 
 
@@ -1474,23 +1303,17 @@ def main(argv=None):
         recipe, world = recipes[0][1], start(flags)
         if world.rank and flags.action in ("predict", "figures", "profile"):
             return 0  # one process does these
-        actions = {
-            "eval": evaluate_run,
-            "predict": predict,
-            "figures": figures,
-            "profile": profile,
-            "table": table,
-        }
-        status = actions.get(flags.action, train)(flags, recipes, world)
-        return status if isinstance(status, int) else 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, Refused) as error:
+        actions = dict(train=train, eval=evaluate_run, predict=predict, figures=figures)
+        actions |= dict(profile=profile, table=table)
+        return actions[flags.action](flags, recipes, world) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return fail(2, error)
     except (FloatingPointError, OSError) as error:
         return fail(1, error)
     except KeyboardInterrupt as stop:
         return fail(*stop.args or (130, "stopped at once"))
     except (RuntimeError, MemoryError) as error:
-        text = first_line(error)
+        text = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
             parts = f"--accumulate {2 * recipe.accumulate}, --amp bf16 or a smaller --batch-size"
             return fail(1, f"out of memory at batch {recipe.batch_size}; try {parts}")
