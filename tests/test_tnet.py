@@ -578,7 +578,7 @@ def test_where_gives_the_attended_crops_best_first_and_clipped():
     assert torch.allclose(scores, torch.stack((p[0], p[24], p[0] * p[0], p[24] * p[0])), rtol=1e-4)
 
 
-def test_where_is_the_whole_image_without_locations_and_a_cell_sized_box_for_a_baseline():
+def test_where_is_the_whole_image_without_locations_and_for_a_baseline_where_its_evidence_peaks(monkeypatch):
     boxes, scores = tiny(locations="0").eval().where(torch.randn(2, 3, 128, 96))
     assert boxes.tolist() == [[[0, 0, 96, 128]]] * 2 and scores.tolist() == [[1.0]] * 2
     model, images = tiny(hard_attention=False).eval(), torch.zeros(1, 3, 128, 128)
@@ -591,6 +591,12 @@ def test_where_is_the_whole_image_without_locations_and_a_cell_sized_box_for_a_b
     assert (x2 - x1, y2 - y1) == (8, 8) and abs((x1 + x2) / 2 - 40) <= 8 and abs((y1 + y2) / 2 - 88) <= 8
     _, V, last = model.backbone(images)
     assert torch.allclose(model.evidence(images), last.sum(1)) and torch.equal(V, last.amax((2, 3)))
+    drawn, photo = [], common.to_pil(images[0], "half")
+    monkeypatch.setattr(common, "panels", lambda *given: drawn.append(given))
+    model.figure(images)
+    [([boxed, heat], captions)] = drawn
+    assert boxed == common.draw_boxes(photo, [[x1, y1, x2, y2]]) != photo and len(captions) == 2
+    assert heat == common.heat(photo, model.evidence(images)[0])
 
 
 def test_sec54_heads_are_everything_the_context_and_the_attended_locations():
