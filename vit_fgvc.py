@@ -146,7 +146,7 @@ RECIPES = {
 }
 PLAIN = {"stages": "a"}  # the full photo alone: a ViT
 TABLES = {
-    "toy": Table("Stages on the toy birds, drawn small", "toy", "top1", (
+    "toy": Table("Stages on the toy birds", "toy", "top1", (
         ("a", PLAIN, None),
         ("a, b", {"stages": "ab"}, None),
         ("a, b, c", {}, None),
