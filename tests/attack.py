@@ -4,8 +4,7 @@
     OMP_NUM_THREADS=1 python tests/attack.py files 100000    # mutated photos, weights, annotations, JSON
     OMP_NUM_THREADS=1 python tests/attack.py lines 1000      # random command lines of all flags
 
-A third argument is the number of the first case: `files 1 4711` repeats case 4711.
-"""
+A third argument is the number of the first case: `files 1 4711` repeats case 4711."""
 import dataclasses
 import io
 import itertools
@@ -83,15 +82,13 @@ def kills(count, first=0):
                 command = ["--resume", folder]
             command += ["--workers", rng.choice("00012")]
             status, said = ended(lambda: attempt(command, folder, number * (way == "operation")), moment)
-            if way == "end" and status == -signal.SIGKILL:
-                status = "killed, not by this script"
+            status = "killed, not by us" if way == "end" and status == -signal.SIGKILL else status
             ENDS["killed" if status == -signal.SIGKILL else f"{words[1]}, status {status}"] += 1
             way, number = rng.choice(["operation", "moment", "end"]), rng.randint(1, 30)
         differs, where = ended(lambda: test_train.same_run(words[1], folder))
-        if differs or status not in (0, -signal.SIGKILL):
-            fault(case, f"{os.getcwd()}: {shlex.join(command)}: {status}, {said[-500:]}, {where[-300:]}")
-        else:
-            shutil.rmtree(folder)
+        same = not differs and status in (0, -signal.SIGKILL)
+        text = f"{os.getcwd()}: {shlex.join(command)}: {status}, {said[-500:]}, {where[-300:]}"
+        shutil.rmtree(folder) if same else fault(case, text)
 
 
 PIECES = [b"9" * 400, b"", b"\0", b"\xff\xfe", b"[" * 5000, b",", b" ", b"-1", b"nan", b"1e999", b"\r\n"]
@@ -125,10 +122,6 @@ def mutated(content, rng):
     return bytes(new)
 
 
-def input_of(path):
-    return data.Photos(data.Split([str(path)], [0], upright=True), RECIPE)[0]
-
-
 def make_files():
     """Good files in this folder -> [(weight, path, what reads it)]."""
     kinds, exif, bird = [], Image.Exif(), data.draw_bird("birds", "train", 0, 40)["image"]
@@ -136,7 +129,8 @@ def make_files():
     for name, mode, *more in map(str.split, PHOTOS.split(", ")):
         photo = Image.fromarray(bird).convert("L" if ";" in mode else mode).convert(mode)
         photo.save(name, **dict.fromkeys(more, 1), **{"exif": exif} if name[0] in "acef" else {})
-        kinds += [(3, name, data.open_photo), (3, name, input_of)]
+        see = lambda path: data.Photos(data.Split([str(path)], [0], upright=True), RECIPE)[0]
+        kinds += [(3, name, data.open_photo), (3, name, see)]
     torch.save({"a.weight": torch.ones(3, 2), "b": torch.arange(9), "c": torch.ones(2).half()}, "w.pt")
     np.savez("y.npz", a=np.ones((3, 2), np.float32), b=np.arange(9))
     ended(lambda: train.main(RUN) or train.main(TABLE))
