@@ -445,7 +445,8 @@ def test_fig4_and_fig5_show_box_maps_object_erasure_and_parts(monkeypatch):
         assert page["its attention"] == common.heat(thing, found["object_map"][i], strength=1.0)
         hole, erased = (attention > 0.7).numpy(), array["erased above 0.7"]
         rim = F.max_pool2d((attention > 0.7)[None].float(), 9, 1, 4)[0].bool().numpy() & ~hole
-        assert hole.any() and rim.any() and (erased[hole] == [124, 116, 104]).all() and (erased[rim] == 255).all()
+        assert hole.any() and rim.any() and (erased[rim] == 255).all()
+        assert (erased[hole] == [124, 116, 104]).all()
         assert (erased[~hole & ~rim] == np.asarray(photo)[~hole & ~rim]).all()
 
 
