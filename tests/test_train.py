@@ -142,6 +142,23 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(act): `act(number, model)` before each step, counted from 1; returns what ends it."""
+
+    def begin(act):
+        real, numbers = train.update, itertools.count(1)
+
+        def update(model, *rest):
+            act(next(numbers), model)
+            return real(model, *rest)
+
+        monkeypatch.setattr(train, "update", update)
+        return lambda: monkeypatch.setattr(train, "update", real)
+
+    return begin
+
+
 # ------------------------------------------------------------------------------------------ the command line
 
 
@@ -208,23 +225,13 @@ WRONG = """
 --method vgg ; unknown method
 --method tnet --recipe mars ; no recipe
 --method tnet --lr nan ; --lr
---method tnet --lr inf ; --lr
 --method tnet --milestones nan ; --milestones
 --method tnet --epochs 1e308 ; invalid int
---method tnet --batch-size 999999999 ; --batch-size
---method tnet --workers 10000 ; --workers
---method tnet --workers -2 ; --workers
---method tnet --seed 18446744073709551616 ; --seed
---method tnet --seed -1 ; --seed
---method tnet --save-every -1 ; --save-every
---method tnet --eval-every 0 ; --eval-every
 --method tnet --device tpu ; --device
---method tnet --amp int8 ; --amp
 --method tnet --image-size 64,64,64 ; --image-size
 --method tnet --nonsense 3 ; unknown argument --nonsense
 --method tnet --toy-preset bird ; --toy-preset
 --method tnet --crop-ratio=-- ; -- is no value
---method tnet --out=-- ; -- is no value
 --method tnet --images 3 ; --images is for figures
 --method tnet word ; train takes no 'word'
 --method tnet --run r ; --run is for eval, predict, figures, profile
@@ -238,9 +245,7 @@ WRONG = """
 --method tnet --toy-train 1 --toy-test 1 --weights nowhere.pt ; nowhere.pt
 --method tdsa --toy-train 1 --toy-test 1 --weights text.txt ; text.txt
 --resume nowhere ; no run folder
---resume empty ; no run folder
 --resume r --lr 3 ; goes on with the run's own recipe
-eval empty ; no run folder
 eval r --method tnet ; leave --method
 predict r ; name photos
 predict r nowhere.jpg ; nowhere.jpg
@@ -249,12 +254,10 @@ predict r text.txt --boxes ; no object boxes
 predict r empty ; empty
 profile ; name a method
 profile --method tnet --against --nonsense ; unknown argument --nonsense
-profile --method tnet --rounds 0 ; --rounds
 table --method tnet --table 99 ; no table '99'
 table --table 1 ; name a method
 table --method tdsa --table 2 --seeds a ; --seeds
 table --method tdsa --table 2 --seeds , ; one seed
-table --method tdsa --table 2 --seeds 4294967296 ; --seeds
 table --method tdsa --table 2 --rows best ; the rows are
 table --method tdsa --table 2 --root nowhere ; nowhere
 """
@@ -271,6 +274,14 @@ def test_a_wrong_command_line_ends_with_status_2_and_one_line_and_writes_nothing
         text = capsys.readouterr().err
         assert len(text.splitlines()) == 1 and text.startswith("train.py: ") and words in text, (line, text)
         assert sorted(room.rglob("*")) + sorted(trained.rglob("*")) == before, line
+
+
+def test_every_number_of_the_flags_has_a_range_and_nothing_outside_it_is_taken():
+    for f in dataclasses.fields(train.Flags):
+        for value in (f.metadata["least"] - 1, f.metadata["most"] + 1, float("nan")):
+            if isinstance(f.default, (int, tuple)) and f.type is not bool and "str" not in str(f.type):
+                with pytest.raises(ValueError, match=f"{common.flag(f)} .*allowed"):
+                    train.Flags(**{f.name: (value,) if isinstance(f.default, tuple) else value})
 
 
 def test_json_of_the_wrong_shape_is_one_line_that_names_the_file(trained, room, capsys):
@@ -414,25 +425,17 @@ def test_mixed_precision_accumulates_clips_and_leaves_finite_weights(amp, room):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_in_an_epoch_resumes_bit_for_bit(method, room, monkeypatch):
+def test_a_run_killed_in_an_epoch_resumes_bit_for_bit(method, room, at_step):
     flags = f"--method {method} {SMALL} --iterations 5 "
     assert run(flags, "--out whole") == 0
 
-    class Killed(BaseException):
-        pass
+    def dying(number, model):
+        assert number < 4, "killed a step after the checkpoint of step 2, in the middle of the first epoch"
 
-    real, calls = train.update, []
-
-    def dying(*args):
-        calls.append(1)
-        if len(calls) == 4:  # a step after the checkpoint of step 2, in the middle of the first epoch
-            raise Killed
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", dying)
-    with pytest.raises(Killed):
+    end = at_step(dying)
+    with pytest.raises(AssertionError, match="killed"):
         run(flags, "--out cut --save-every 2")
-    monkeypatch.setattr(train, "update", real)
+    end()
     with open("cut/log.jsonl", "a") as file:
         file.write('{"step": 9, half a line')
     torch.manual_seed(99)  # what the process did since must not matter
@@ -554,18 +557,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_rate_and_photos(room, m
     assert len(said.splitlines()) == 1
 
 
-def test_weights_that_are_not_finite_are_never_saved_the_good_ones_stay(room, monkeypatch, capsys):
-    real, calls = train.update, []
-
-    def poisoned(model, *args):
-        calls.append(1)
-        if len(calls) == 3:
+def test_weights_that_are_not_finite_are_never_saved_the_good_ones_stay(room, at_step, capsys):
+    def poison(number, model):
+        if number == 3:
             next(b for b in model.buffers() if b.is_floating_point()).fill_(float("inf"))  # a BatchNorm's
-        return real(model, *args)
 
-    monkeypatch.setattr(train, "update", poisoned)
+    end = at_step(poison)
     assert run(TINY, "--save-every 1 --out r") == 1 and "finite" in capsys.readouterr().err
-    monkeypatch.setattr(train, "update", real)
+    end()
     assert last("r")["step"] == 2 and run("--resume r") == 0
 
 
@@ -605,11 +604,8 @@ def test_a_part_of_one_image_that_batchnorm_refuses_ends_with_advice(room, capsy
     assert "--batch-size, --accumulate" in capsys.readouterr().err
 
 
-def test_out_of_memory_names_batch_accumulate_and_amp(room, monkeypatch, capsys):
-    def hungry(*args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4000000000000 bytes")
-
-    monkeypatch.setattr(train, "update", hungry)
+def test_out_of_memory_names_batch_accumulate_and_amp(room, at_step, capsys):
+    at_step(lambda number, model: torch.empty(2**50))
     assert run(TINY, "--out r") == 1
     assert re.search("out of memory at batch 8.*--accumulate 2.*--amp bf16", capsys.readouterr().err)
 
@@ -895,18 +891,12 @@ def test_rows_that_differ_only_in_how_they_are_evaluated_share_one_training(room
     assert set(results()) == {"3 (toy)", "0 (toy)", "ce (toy)"}
 
 
-def test_a_stopped_table_stops_and_goes_on_where_it_was(room, monkeypatch):
+def test_a_stopped_table_stops_and_goes_on_where_it_was(room, monkeypatch, at_step):
     two_rows(monkeypatch, (("CE", {"loss": "ce"}, 28.5), ("TDSA", {}, None)))
-    real = train.update
-
-    def stopping(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", stopping)
+    end = at_step(lambda number, model: os.kill(os.getpid(), signal.SIGTERM))
     assert run(TABLE) == 143
     assert [p.name for p in Path("runs/table-tdsa-t-toy").iterdir()] == ["tdsa-ce-seed0"]
-    monkeypatch.setattr(train, "update", real)
+    end()
     assert run(TABLE) == 0 and last("runs/table-tdsa-t-toy/tdsa-ce-seed0")["step"] == 2
 
 
