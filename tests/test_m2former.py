@@ -72,8 +72,8 @@ RECIPES = {
     "folder": SEC42 | dict(iterations=0, epochs=27, warmup=1.35),
     "toy": SEC42 | dict(
         backbone="mvitv2_toy", image_size=(64, 64), resize=(0, 0), k=(12, 4, 2, 1), toy_preset="birds-easy",
-        iterations=0, epochs=25, warmup=0, batch_size=32, optimizer="adamw", lr=1.5e-3, weight_decay=0.05,
-        schedule="onecycle", drop_path=0.0, weights="none",
+        iterations=0, epochs=12, boxes=True, warmup=0, batch_size=32, optimizer="adamw", lr=1.5e-3,
+        weight_decay=0.05, schedule="onecycle", drop_path=0.0, weights="none",
     ),
 }
 
