@@ -695,6 +695,7 @@ class ConvAttention(nn.Module):
 
 
 def quick_gelu(x):
+    """CvT's approximation of GELU (authors' code)."""
     return x * torch.sigmoid(1.702 * x)
 
 

@@ -195,7 +195,7 @@ _cub = replace(
 )
 _nabirds = replace(_cub, epochs=100, contrastive=50.0)
 _birds_en = dict(hard_attention=False, backbone_lr=0.05)
-_toy = Recipe(  # a quarter of a bird in a crop; the low resolution does not show what marks it
+_toy = Recipe(  # a crop shows about half a bird, the low resolution hardly what marks it
     image_size=(112, 112), toy_preset="birds-easy", pad=8, normalize="half",
     backbone="small", base_resolution=32, cell=2 / 7, dropout=0.0, lambda_f=0.05, baseline="separate",
     epochs=16, optimizer="adamw", lr=2e-3, schedule="onecycle",

@@ -924,7 +924,7 @@ def evaluate_run(flags, recipes, world):
 
 def predict(flags, recipes, world):
     """The predict action: photo by photo into CSV, JSON, a picture -> status 1 if one was unreadable."""
-    recipe = recipes[0][1]
+    recipe = replace(recipes[0][1], boxes=False)  # the whole photo is its object's box
     model, classes, _ = load(flags.run, world.device, recipe)
     if recipe.task != "classify":
         raise ValueError("this run ranks identities and has no classes to predict; see eval and figures")

@@ -365,7 +365,8 @@ def test_sec_4_1_every_field_of_every_recipe():
         weights="default")
     toy = dict(
         backbone="toy_vit", toy_preset="birds-easy", image_size=(64, 64), pad=4, interpolation="bicubic",
-        epochs=12, boxes=True, optimizer="adamw", lr=1.5e-3, weight_decay=0.05, schedule="onecycle")
+        epochs=12, boxes=True, optimizer="adamw", lr=1.5e-3, weight_decay=0.05, schedule="onecycle",
+        warmup_lr=1e-6)  # of no warm-up
     expected = dict.fromkeys(("cub", "cars", "aircraft", "folder"), fgvc) | {"toy": toy}
     expected |= dict.fromkeys(("market1501", "dukemtmc", "msmt17"), person)
     expected["veri776"] = person | {"image_size": (256, 256)}

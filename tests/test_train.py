@@ -249,8 +249,8 @@ WRONG = """
 eval r --method tnet ; leave --method
 predict r ; name photos
 predict r nowhere.jpg ; nowhere.jpg
+predict r text.txt --resize 8,8 ; is smaller than --image-size
 figures r nowhere --out new ; nowhere is no run folder
-predict r text.txt --boxes ; no object boxes
 predict r empty ; empty
 profile ; name a method
 profile --method tnet --against --nonsense ; unknown argument --nonsense
@@ -778,7 +778,10 @@ def test_predict_lists_every_photo_skips_the_unreadable_one_and_draws_the_origin
 
 def test_boxes_of_predict_are_those_of_where_in_pixels_of_the_upright_photo(trained, photos):
     model, classes, recipe = train.load(trained)
-    assert run("predict", trained, photos / "turned.jpg", photos / "panorama.png", "--out out") == 0
+    own = trained, photos / "turned.jpg", photos / "panorama.png"
+    assert run("predict", *own, "--boxes --out boxes") == run("predict", *own, "--out out") == 0
+    answers = [json.loads(Path(out, "predictions.json").read_text())["photos"] for out in ("boxes", "out")]
+    assert answers[0] == answers[1], "an own photo is its object's box"
     split = data.Split([str(photos / "turned.jpg"), str(photos / "panorama.png")], None, upright=True)
     items = [data.Photos(split, recipe)[i] for i in range(2)]
     boxes, scores = model.where(train.to_model(torch.stack([item[0] for item in items]), recipe, "cpu"))
