@@ -472,7 +472,7 @@ AIRCRAFT = dict(
     fallback=384 / 786, part_crop=224 / 384, phases=(4, 16), head_lr=(3, 1), encoder_lr=(0, 0.04))
 TOY = dict(
     image_size=(192, 192), encoder_size=128, crop="resized", crop_area=(0.35, 1.0), toy_preset="birds-easy",
-    backbone="toy_vit16", epochs=30, optimizer="adamw", lr=2e-3, weight_decay=0.05, amp="off",
+    backbone="toy_vit16", boxes=True, epochs=12, optimizer="adamw", lr=2e-3, weight_decay=0.05, amp="off",
     schedule="onecycle", phases=(1,), head_lr=(1,), encoder_lr=(1,))
 OWN = {k: v for k, v in CUB.items() if k not in common.Recipe.__dataclass_fields__}
 SETTINGS = {"cub": CUB, "plant": CUB, "folder": CUB, "dogs": CUB | DOGS, "cars": CUB | CARS,
