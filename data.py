@@ -289,7 +289,7 @@ class Photos(torch.utils.data.Dataset):
         if (h or w) and (h < H or w < W):
             raise ValueError(f"--resize {h},{w} is smaller than --image-size {H},{W}; give at least {H},{W}")
         if recipe.boxes and split.boxes is None:
-            raise ValueError("--boxes: this dataset has no object boxes; leave --boxes out")
+            raise ValueError("--boxes: this dataset has no object boxes; use --no-boxes")
         self.split, self.recipe, self.train, self.seed, self.skip = split, recipe, train, seed, skip
 
     def __len__(self):
