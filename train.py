@@ -883,7 +883,7 @@ def scored(run, recipe, flags, world):
     splits, untrained = load_data(flags, recipe), None
     model, classes, _ = load(run, world.device, recipe)
     check_classes(Path(run) / "last.pt", classes, splits.classes)
-    if splits.test.swap:  # drawn images: where an untrained network looks is salience, not knowledge
+    if splits.test.parts is not None:  # where an untrained network looks is salience, not knowledge
         with torch.random.fork_rng():
             torch.manual_seed(flags.seed)
             untrained = build(replace(recipe, weights="none"), len(classes), flags, world).eval()
