@@ -21,18 +21,19 @@ What Figure 1 settles and the text does not
   blocks 1 to 11, the queries are tokens of block 11, and keys and values are what enters block 12. It is a
   full block (attention and FFN: Table 3's parameters agree), on the selected tokens only (its FLOPs agree),
   and the class token is always a query, in addition to the selected patches.
-- PWCA runs through all T = 12 blocks. The keys and values of I2 are, in our reading, those of I2's own SA
-  pass.
+- PWCA's keys and values of I2 are those of I2's own SA pass, which gradients reach. The figure draws those of
+  I1, and its queries, as of I1's SA pass too; we let I1 run a second time, through blocks that each mix in
+  those of I2, as Eq. 4 and the distractor maps of Figures 3 and 4 suggest. All T = 12 blocks do (Sec. 4.1).
 
 A finding that a reader should know: the class token's output of GLCA does NOT depend on which patches were
 chosen. Every query attends to the same keys and values on its own, and the norms and the FFN work on one
 token at a time, so the other queries never reach the class token, from which the loss and the prediction are
 read: R, the rollout and the selection drop out, in value and in gradient. Literal DCAL's GLCA is one more
 last block with its own weights, evaluated for the class token. The paper's gap between random (82.6),
-last-layer (82.8) and rollout queries (83.1) on CUB can then not come from the selection. It does matter for
---kv local, whose keys are the selected tokens, and for --glca-readout mean, which averages GLCA's output
-tokens (our addition: try it with `table --table glca`). Where it cannot matter we skip it: --local-queries
-always computes it all the same, for timing.
+penultimate-layer (82.8) and rollout queries (83.1) on CUB can then not come from the selection. It does
+matter for --kv local, whose keys are the selected tokens, and for --glca-readout mean, which averages GLCA's
+output tokens (our addition: try it with `table --table glca`). Where it cannot matter we skip it:
+--local-queries always computes it all the same, for timing.
 
 Table 3's parameters and FLOPs are counted in a way of its own: weights and biases of linear layers and
 convolutions (on CUB norms and heads too, but neither positions nor class token), 2 FLOPs a multiplication,
@@ -50,23 +51,28 @@ Where this differs from the paper (what it leaves open; our choice)
 - GLCA's blocks start as copies of the SA blocks beside them, and its final norm as a copy of the ViT's
   (TransReID does so with its branches). Linear heads start from a truncated normal of deviation 0.02.
 - "Adam" with weight decay 0.05 and DeiT's learning-rate rule is AdamW, without decay on biases, norms, tokens
-  and positions. Warm-up 5 epochs; stochastic depth 0.1. Nobody states mirror images, bicubic resizing or bf16
-  either.
+  and positions. Warm-up 5 epochs; stochastic depth 0.1. Batch 16 is of all 4 GPUs together, so lr is 1.6e-5,
+  and it ends at 0. Tested is the centre, 448 x 448, of the photo at 550 x 550. Mirror images, bicubic
+  resizing and bf16 are not in the paper either.
 - The loss weights start at log-variance 0. Under SGD at 0.008 they follow the losses within tens of steps,
   and as L -> 0 the gradient would grow like 1 / L: the Re-ID recipe holds them above -2 (our guard). The
   total loss may be negative: that is no fault.
 - Re-ID, where the paper names two losses and no more, is TransReID's baseline: BNNeck, soft-margin triplet
   loss on the features before it, twice the rate for biases, padding, erasing. We differ from that reference
-  in four things: it decays biases and norms too, we do not; its cosine runs on from epoch 0 under the
-  warm-up, ours starts from the peak after it; it resizes test photos bilinearly, we bicubically as in
-  training; it starts from a ViT-B fine-tuned on ImageNet-1k, where this paper says ImageNet-21k.
+  in this: it decays biases and norms too, we do not; its cosine runs on from epoch 0 under the warm-up and
+  changes the rate once an epoch, ours starts from the peak after it and changes at every step; its epoch ends
+  when identities run out, ours has n // 64 batches; it resizes test photos bilinearly, we bicubically as in
+  training; it starts from a ViT-B fine-tuned on ImageNet-1k, where this paper says ImageNet-21k; for DeiT it
+  erases with 0.8, here all rows with 0.5.
 - Pairs and triplets are found inside a batch, or a process's or part's share of it: two processes equal one
   only without PWCA, Re-ID (BatchNorm and triplets) and stochastic depth. An image that finds no partner of
   the wanted kind (--pair intra, inter, mixed) takes any; rows with intra-class pairs draw 4 images a class.
-- The noise levels of Table 4 are unpublished; ours are in its rows. "I2 from COCO" needs a second dataset and
-  is not part of this codebase.
-- CrossViT's exchange, in Sec. 4.4 (82.1), lets the class token of one branch ask the other's patches. For the
-  class token that is --kv local, which the same section calls local self-attention (82.6): the same row here.
+- Level and kind of the noise of Table 4 are unpublished; ours, drawn anew at each step, are in its rows. "I2
+  from COCO" needs a second dataset and is not part of this codebase.
+- Figure 2 is only drawn: which M and T, and that the other branch is off, is our reading.
+- CrossViT's exchange, in Sec. 4.4 (82.1), lets the class token of each branch ask the other's patches. For
+  the image's class token that is --kv local, which the same section calls local self-attention (82.6), and
+  the other direction is GLCA itself: two rows here, of one training.
 
   python train.py --method dcal                                            toy birds, minutes on a CPU
   python train.py --method dcal --no-glca --no-pwca                        the plain ViT
@@ -102,7 +108,7 @@ class Recipe(common.Recipe):
     glca: bool = opt(True, "global-local cross-attention branch (Sec. 3.2)")
     glca_blocks: int = opt(1, "M, GLCA blocks, beside the last M of SA (Fig. 2)", (), 1)
     local_ratio: float = opt(0.1, "R, share of the patches kept as local queries (Sec. 4.1)", (), 1e-6, 1)
-    select: str = opt("rollout", "local queries by rollout, by the last layer alone, at random (Sec. 4.4)",
+    select: str = opt("rollout", "local queries by rollout, the last layer before GLCA, chance (Sec. 4.4)",
                       ("rollout", "last", "random"))
     kv: str = opt("global", "GLCA's keys: all tokens (Eq. 3), the local ones (Sec. 4.4)", ("global", "local"))
     glca_readout: str = opt("cls", "GLCA's feature: its class token; mean: all its tokens (ours)",
@@ -208,7 +214,7 @@ TABLES = {
         ("CrossViT's exchange (for the class token: local keys)", GLCA_ONLY | {"kv": "local"}, 82.1),
         ("local self-attention", GLCA_ONLY | {"kv": "local"}, 82.6),
         ("random local queries", GLCA_ONLY | {"select": "random"}, 82.6),
-        ("queries by the last layer", GLCA_ONLY | {"select": "last"}, 82.8),
+        ("queries by the penultimate layer", GLCA_ONLY | {"select": "last"}, 82.8),
         ("GLCA", GLCA_ONLY, 83.1)
     )),
     **by_dataset("infer", "Sec. 4.6: one training, tested with", {"cub": "top1", "veri776": "mAP"}, (
@@ -216,7 +222,7 @@ TABLES = {
         ("SA alone", {"eval": {"infer": "sa"}}, 84.3, 80.1),
         ("GLCA alone", {"eval": {"infer": "glca"}}, None, None)
     )),
-    # Figure 2: most values are only drawn
+    # Figure 2 is only drawn: its known values are those of Table 3
     **by_dataset("fig2-glca", "Figure 2: GLCA blocks", BOTH, (
         ("M = 1", GLCA_ONLY, 83.1, 63.7),
         ("M = 2", GLCA_ONLY | {"glca_blocks": 2}, None, None),
@@ -556,7 +562,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNetStem(nn.Module):
-    """ResNet-50 without its last stage, before the ViT: (B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
+    """ResNet-50, its last units in the third stage, before the ViT: (B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
 
     channels, stride = 1024, 16
 
