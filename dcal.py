@@ -562,7 +562,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNetStem(nn.Module):
-    """ResNet-50, its last units in the third stage, before the ViT: (B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
+    """ResNet-50 with its last units in the third stage: (B, 3, H, W) -> (B, 1024, H / 16, W / 16)."""
 
     channels, stride = 1024, 16
 
