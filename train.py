@@ -662,10 +662,10 @@ class StopRequest:
         self.signal, self.hurry, self.advice = 0, False, f"go on with: python train.py --resume {folder}"
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def ask(self, number, frame=None):
+    def handle(self, number, frame=None):
         if self.hurry or self.signal:
             raise KeyboardInterrupt(128 + number, f"stopped at once; {self.advice}")
         self.signal = number
@@ -676,7 +676,7 @@ class StopRequest:
         """For work that is done again on resume."""
         self.hurry = True
         if self.signal:
-            self.ask(self.signal)
+            self.handle(self.signal)
         yield
         self.hurry = False
 
@@ -1163,7 +1163,7 @@ class Row:
     recipe: common.Recipe  # what it trains with
     evaluation: dict  # what its evaluation changes
     start: str | None  # key of the row whose run gives the first weights
-    home: str  # its folder: that of the first row with the same training
+    run: str  # its folder: that of the first row with the same training
 
 
 def key_of(name):
@@ -1189,10 +1189,10 @@ def rows_of(method, flags, base):
         paper = paper if isinstance(paper, tuple) else (paper,)
         if table.data != flags.data or not same:
             paper = (None,)
-        trained = (row.home for row in rows if (row.recipe, row.start) == (recipe, start))
-        home = next(trained, f"{method}-{key}")
+        trained = (row.run for row in rows if (row.recipe, row.start) == (recipe, start))
+        run = next(trained, f"{method}-{key}")
         label += "" if same else f" ({backbone})"
-        rows.append(Row(method, key, label, paper, recipe, evaluation, start, home))
+        rows.append(Row(method, key, label, paper, recipe, evaluation, start, run))
     return rows
 
 
@@ -1240,27 +1240,27 @@ def table(flags, recipes, world):
 
 def finish_row(row, rows, seed, folder, flags, world):
     """One row and seed, trained unless its run is there -> its result, and how eval saw it."""
-    home, recipe, module = folder / f"{row.home}-seed{seed}", row.recipe, METHODS[row.method]
+    run, recipe, module = folder / f"{row.run}-seed{seed}", row.recipe, METHODS[row.method]
     if row.start:
         start = next(other for other in rows if (other.method, other.key) == (row.method, key_of(row.start)))
         finish_row(start, rows, seed, folder, flags, world)
-        recipe = replace(recipe, weights=str(folder / f"{start.home}-seed{seed}"))
-    begun = (home / "last.pt").exists()
-    if begun and options_of(module.Recipe(), read_run(home)["recipe"], f"{home}/run.json") != recipe:
-        raise FileExistsError(f"{home} was trained with other settings; delete it, or choose another --out")
-    own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(home))
-    if not (home / "result.json").exists():
-        train(replace(own, resume=str(home) * begun), [("", recipe)], world)
-    result = read_json(home / "result.json", commit=str, seconds=float)
-    with reading(home / "result.json"):
+        recipe = replace(recipe, weights=str(folder / f"{start.run}-seed{seed}"))
+    begun = (run / "last.pt").exists()
+    if begun and options_of(module.Recipe(), read_run(run)["recipe"], f"{run}/run.json") != recipe:
+        raise FileExistsError(f"{run} was trained with other settings; delete it, or choose another --out")
+    own = replace(flags, method=row.method, recipe=flags.recipe or flags.data, seed=seed, out=str(run))
+    if not (run / "result.json").exists():
+        train(replace(own, resume=str(run) * begun), [("", recipe)], world)
+    result = read_json(run / "result.json", commit=str, seconds=float)
+    with reading(run / "result.json"):
         evaluations = result["evaluations"] = dict(result.get("evaluations", {}))
     key = json.dumps(row.evaluation, sort_keys=True)
     if key not in evaluations:
-        evaluations[key] = scored(home, replace(recipe, **row.evaluation), own, world)
+        evaluations[key] = scored(run, replace(recipe, **row.evaluation), own, world)
         if world.rank == 0:
-            write_json(home / "result.json", result)
+            write_json(run / "result.json", result)
         world.sum(np.zeros(1))  # the others wait
-    with reading(home / "result.json"):
+    with reading(run / "result.json"):
         found = {"seed": seed, "seconds": result["seconds"], "commit": result["commit"], **evaluations[key]}
         numbers_of(found)
     return found
