@@ -4,6 +4,7 @@ Nothing is fetched: every file is made here.
 """
 import functools
 import hashlib
+import itertools
 import json
 import struct
 import tarfile
@@ -31,6 +32,15 @@ def write(path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+def tree(base, files, photos=(), **how):
+    """A folder with these files, {name: content}, and photos -> the folder."""
+    for file, content in files.items():
+        write(base / file, content)
+    for file in photos:
+        photo(base / file, **how)
+    return base
+
+
 def load(name, root, skip_bad=False, **settings):
     return data.load(name, root, replace(RECIPE, **settings), skip_bad)
 
@@ -44,7 +54,6 @@ def told(split, base):
 
 
 # ---------------------------------------------------------------------- .mat files
-
 CLASSES = {"f8": 6, "f4": 7, "i1": 8, "u1": 9, "i2": 10, "u2": 11, "i4": 12, "u4": 13, "i8": 14, "u8": 15}
 STORAGE = {"i1": 1, "u1": 2, "i2": 3, "u2": 4, "i4": 5, "u4": 6, "f4": 7, "f8": 9, "i8": 12, "u8": 13}
 
@@ -55,12 +64,10 @@ def element(kind, payload):
     return struct.pack("<II", kind, len(payload)) + payload + b"\0" * (-len(payload) % 8)
 
 
-def head(kind, dims, name="v"):
-    about = element(6, struct.pack("<II", kind, 0)) + element(5, np.int32(dims).tobytes())
-    return about + element(1, name.encode())
-
-
-def bare(body):
+def block(kind, dims, body=b"", name="v"):
+    """A matrix of a class: flags, dimensions, name, then what the class says."""
+    body = element(5, np.int32(dims).tobytes()) + element(1, name.encode()) + body
+    body = element(6, struct.pack("<II", kind, 0)) + body
     return struct.pack("<II", 14, len(body)) + body
 
 
@@ -69,17 +76,16 @@ def matrix(value, name=""):
     if isinstance(value, str):
         value = value.encode("utf-16-le"), 17, (1, len(value))
     if isinstance(value, list):
-        return bare(head(1, (len(value), 1), name) + b"".join(map(matrix, value)))
+        return block(1, (len(value), 1), b"".join(map(matrix, value)), name)
     if isinstance(value, dict):
-        rows = list(zip(*value.values()))
-        names = b"".join(key.encode().ljust(32, b"\0") for key in value)
+        rows, names = list(zip(*value.values())), b"".join(key.encode().ljust(32, b"\0") for key in value)
         fields = element(5, struct.pack("<i", 32)) + element(1, names)
-        return bare(head(2, (1, len(rows)), name) + fields + b"".join(matrix(v) for row in rows for v in row))
+        return block(2, (1, len(rows)), fields + b"".join(matrix(v) for row in rows for v in row), name)
     if isinstance(value[0], bytes):
-        return bare(head(4, value[2], name) + element(value[1], value[0]))
+        return block(4, value[2], element(value[1], value[0]), name)
     array, storage = value
     stored = element(STORAGE[storage], array.astype("<" + storage).tobytes(order="F"))
-    return bare(head(CLASSES[array.dtype.str[1:]], array.shape, name) + stored)
+    return block(CLASSES[array.dtype.str[1:]], array.shape, stored, name)
 
 
 def packed(content):
@@ -106,39 +112,30 @@ def test_read_mat_reads_numbers_text_cells_and_structs_compressed_or_not(compres
     assert got == {"records": {"fname": records["fname"]}} | others
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_read_mat_reads_every_storage_type_also_in_small_elements(storage):
-    for n in (1, 2, 4, 9):  # 1 to 4 bytes are small elements
+def test_read_mat_reads_every_storage_type_also_in_small_elements_and_text_in_every_encoding():
+    for storage, n in itertools.product(STORAGE, (1, 2, 4, 9)):  # 1 to 4 bytes are small elements
         values = [*range(-3 if storage[0] in "if" else 3, 9)][:n]
         assert data.read_mat(mat(v=row(*values, storage=storage)))["v"].tolist() == values
+    for kind, codec in (16, "utf-8"), (17, "utf-16-le"), (4, "utf-16-le"), (2, "latin-1"):
+        assert data.read_mat(mat(v=("é1".encode(codec), kind, (1, 2))))["v"] == "é1"
 
 
-@pytest.mark.parametrize("kind, codec", [(16, "utf-8"), (17, "utf-16-le"), (4, "utf-16-le"), (2, "latin-1")])
-def test_read_mat_reads_text_in_every_encoding(kind, codec):
-    assert data.read_mat(mat(v=("é1".encode(codec), kind, (1, 2))))["v"] == "é1"
-
-
-HOSTILE = {
+@pytest.mark.parametrize("case", {
     "empty": b"", "version 7.3": mat()[:124] + b"\0\2IM" + bytes(600), "cut": mat(v=row(*range(20)))[:-8],
     "cut in the stream": mat(True, v=row(*range(20)))[:-3], "zeros": mat() + packed(bytes(10**8)),
-    "dimensions": mat() + bare(head(6, (2**31 - 1,) * 30) + element(9, bytes(8))),
-    "cells announced": mat() + bare(head(1, (2**30, 2))),
-    "reserved type": mat() + bare(head(6, (1, 1)) + element(11, bytes(8))),
-    "complex": mat() + bare(head(6, (1, 1)) + element(9, bytes(8)) * 2),
-    "deep": mat() + functools.reduce(lambda deep, _: bare(head(1, (1, 1)) + deep), range(3000), b""),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_mat_file_is_an_error_that_names_it(tmp_path, name):
-    write(tmp_path / "bad.mat", HOSTILE[name])
+    "dimensions": mat() + block(6, (2**31 - 1,) * 30, element(9, bytes(8))),
+    "cells announced": mat() + block(1, (2**30, 2)),
+    "reserved type": mat() + block(6, (1, 1), element(11, bytes(8))),
+    "complex": mat() + block(6, (1, 1), element(9, bytes(8)) * 2),
+    "deep": mat() + functools.reduce(lambda deep, _: block(1, (1, 1), deep), range(3000), b""),
+}.items(), ids=lambda item: item[0])
+def test_a_hostile_mat_file_is_an_error_that_names_it(tmp_path, case):
+    write(tmp_path / "bad.mat", case[1])
     with pytest.raises(ValueError, match="bad.mat: "):
         data.columns(tmp_path / "bad.mat", "", ["v"])
 
 
 # ---------------------------------------------------------------------- makers of small official sets
-
-
 def birds(base, records, classes, parts, places):
     """records: id -> (file, class, train, box x y w h)."""
     for i, (file, *_) in records.items():
@@ -146,10 +143,7 @@ def birds(base, records, classes, parts, places):
     for k, file in enumerate(("images", "image_class_labels", "train_test_split", "bounding_boxes")):
         lines = [f"{i} {record[k]}" for i, record in records.items()]
         write(base / f"{file}.txt", "\n".join(lines[:: -1 if k else 1]))  # in any order
-    write(base / "classes.txt", classes)
-    write(base / "parts/parts.txt", parts)
-    write(base / "parts/part_locs.txt", places)
-    return base
+    return tree(base, {"classes.txt": classes, "parts/parts.txt": parts, "parts/part_locs.txt": places})
 
 
 def cub(base):
@@ -195,36 +189,31 @@ def cars(base):
 
 def combined_cars(base):
     files = [f"car_ims/{i}.jpg" for i in (3, 1, 2)]
-    for file in files:
-        photo(base / file)
     table = annos(files, [3, 1, 2], "relative_im_path", test=[row(1), row(0), row(0)])
-    write(base / "cars_annos.mat", mat(True, annotations=table, class_names=CARS))
-    return base
+    return tree(base, {"cars_annos.mat": mat(True, annotations=table, class_names=CARS)}, files)
 
 
 def aircraft(base):
-    lines = {"train": ["0034309 F/A-18", "0000002 737-700"], "val": ["0000009 Boeing 717"]}
-    lines["test"] = ["0000011 737-700", "0000010 Boeing 717"]
     image = Image.new("RGB", (60, 80), (0, 0, 255))
     image.paste((255, 0, 0), (0, 60, 60, 80))  # the banner
-    for side, found in lines.items():
-        write(base / f"images_variant_{side}.txt", "\n".join(found))
-        for line in found:
-            (base / "images").mkdir(exist_ok=True)
-            image.save(base / "images" / f"{line.split()[0]}.jpg", quality=95)
-    write(base / "variants.txt", "737-700\nF/A-18\nBoeing 717\n")
-    boxes = "0034309 1 1 60 80\n0000002 11 21 40 75\n0000009 1 1 9 9\n0000010 1 1 9 9\n0000011 1 1 9 9\n"
-    write(base / "images_box.txt", boxes)
-    return base
+    (base / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("0034309", "0000002", "0000009", "0000010", "0000011"):
+        image.save(base / f"images/{name}.jpg", quality=95)
+    others = "0000009 1 1 9 9\n0000010 1 1 9 9\n0000011 1 1 9 9\n"
+    return tree(base, {
+        "images_variant_train.txt": "0034309 F/A-18\n0000002 737-700",
+        "images_variant_val.txt": "0000009 Boeing 717",
+        "images_variant_test.txt": "0000011 737-700\n0000010 Boeing 717",
+        "variants.txt": "737-700\nF/A-18\nBoeing 717\n",
+        "images_box.txt": "0034309 1 1 60 80\n0000002 11 21 40 75\n" + others,
+    })
 
 
 def flowers(base):
-    for i in range(1, 7):
-        photo(base / f"jpg/image_{i:05d}.jpg")
-    write(base / "imagelabels.mat", mat(True, labels=row(77, 1, 60, 77, 1, 60)))
     ids = dict(trnid=row(5, 2, storage="f8"), valid=row(6, storage="u2"), tstid=row(4, 3, 1))
-    write(base / "setid.mat", mat(**ids))
-    return base
+    labels = mat(True, labels=row(77, 1, 60, 77, 1, 60))
+    photos = [f"jpg/image_{i:05d}.jpg" for i in range(1, 7)]
+    return tree(base, {"imagelabels.mat": labels, "setid.mat": mat(**ids)}, photos)
 
 
 HOUND = "n02089078-black-and-tan_coonhound"
@@ -247,27 +236,22 @@ def dogs(base):
 
 
 def fmow(base):
-    def boxes(*found):
+    def place(path, *found):
         found = [dict(zip(("ID", "category", "box"), entry)) for entry in found]
-        return json.dumps({"bounding_boxes": found if len(found) > 1 else found[0]})
-
-    def place(path, text):
+        write(Path(f"{path}_rgb.json"), json.dumps({"bounding_boxes": found if found[1:] else found[0]}))
         photo(Path(f"{path}_rgb.jpg"), (200, 100))
         photo(Path(f"{path}_msrgb.jpg"), (200, 100))  # the decoy
-        write(Path(f"{path}_rgb.json"), text)
 
     false, whole, pairs = (-1, "false_detection", [0, 0, 90, 90]), [50, 20, 100, 30], []
-    for side in ("train", "val"):
-        for kind in ("zoo", "airport"):
-            others = false, (-1, kind, [0, 0, 9, 9]), (3, "lake", [9, 9, 9, 9]), (3, kind, [5, 5, 2, 40])
-            place(base / f"{side}/{kind}/{kind}_0/{kind}_0_0", boxes((3, kind, whole)))
-            place(base / f"{side}/{kind}/{kind}_1/{kind}_1_0", boxes(*others, (3, kind, whole)))
+    for side, kind in itertools.product(("train", "val"), ("zoo", "airport")):
+        others = false, (-1, kind, [0, 0, 9, 9]), (3, "lake", [9, 9, 9, 9]), (3, kind, [5, 5, 2, 40])
+        place(base / f"{side}/{kind}/{kind}_0/{kind}_0_0", (3, kind, whole))
+        place(base / f"{side}/{kind}/{kind}_1/{kind}_1_0", *others, (3, kind, whole))
     for i, kind in ((12, "zoo"), (7, "airport"), (9, "false_detection")):
-        place(base / f"test/{i:07d}/{i:07d}_3", "{}")
-        write(base / f"test_gt/{kind}/{kind}_0/{kind}_0_3_rgb.json", boxes(false))
+        place(base / f"test/{i:07d}/{i:07d}_3", (3, kind, whole))  # not the truth
+        place(base / f"test_gt/{kind}/{kind}_0/{kind}_0_3", false)
         pairs.append({"input": f"test_gt/{kind}/{kind}_0", "output": f"test/{i:07d}"})
-    write(base / "test_gt_mapping.json", json.dumps(pairs))
-    return base
+    return tree(base, {"test_gt_mapping.json": json.dumps(pairs)})
 
 
 def people(base, folders="bounding_box_train query bounding_box_test", files=(
@@ -288,21 +272,23 @@ def vehicles(base):
 
 
 def msmt17(base):
-    lists = {
-        "train": ("train", ["0000/0000_000_01_0015_0.jpg 0", "0003/0003_045_12_0006_2.jpg 3"]),
-        "val": ("train", ["0000/0000_001_15_0015_1.jpg 0"]),
-        "query": ("test", ["0000/0000_000_03_0015_0.jpg 0"]),
-        "gallery": ("test", ["0001/0001_000_04_0015_0.jpg 1", "0000/0000_001_05_0015_0.jpg 0"]),
-    }
-    for name, (folder, lines) in lists.items():
-        write(base / f"list_{name}.txt", "\n".join(lines) + "\n")
-        for line in lines:
-            photo(base / folder / line.split()[0])
+    for name, folder, *lines in (
+        ("train", "train", "0000/0000_000_01_0015_0.jpg 0", "0003/0003_045_12_0006_2.jpg 3"),
+        ("val", "train", "0000/0000_001_15_0015_1.jpg 0"), ("query", "test", "0000/0000_000_03_0015_0.jpg 0"),
+        ("gallery", "test", "0001/0001_000_04_0015_0.jpg 1", "0000/0000_001_05_0015_0.jpg 0"),
+    ):
+        tree(base, {f"list_{name}.txt": "\n".join(lines)}, [f"{folder}/{line.split()[0]}" for line in lines])
     return base
 
 
-# ---------------------------------------------------------------------- what is read of them
+def plant(base):
+    lines = [f"Train_{i},{','.join('01'[i % 4 == k] for k in range(4))}" for i in range(40)]
+    table = "\r\n".join(["image_id,healthy,multiple_diseases,rust,scab", *lines, ""])
+    photos = [f"images/{name}.jpg" for name in ["Test_0", *(f"Train_{i}" for i in range(40))]]
+    return tree(base, {"train.csv": table}, photos, size=(8, 8))
 
+
+# ---------------------------------------------------------------------- what is read of them
 PEOPLE = (["2", "7", "1501"], [
     f"bounding_box_train/{i:04d}_c{c}s1_00045{k}_0{k}.jpg {n} {c}"
     for n, i in enumerate((2, 7, 1501)) for c in (1, 6) for k in (1, 2)
@@ -310,7 +296,9 @@ PEOPLE = (["2", "7", "1501"], [
     "query/0005_c2s1_01_00.jpg 5 2", "query/0009_c1s1_01_00.jpg 9 1",
     "bounding_box_test/0000_c1s1_02_03.jpg 0 1",  # a distractor
     "bounding_box_test/0005_c1s1_03_01.jpg 5 1", "bounding_box_test/0005_c2s1_04_01.jpg 5 2"])
-OFFICIAL = [  # set, folder, maker, classes, train, test: path, label, then box or camera
+
+
+@pytest.mark.parametrize("case", [  # set, folder, maker, classes, train and test: path, label, box or camera
     ("cub", "CUB_200_2011", cub, ["A Tern", "St.Helena"], [
         "images/001.A_Tern/B_09.jpg 0 1 1 6 6", "images/001.A_Tern/B_02.jpg 0 0 0 24 18",
         "images/002.St.Helena/S_03.jpg 1 10.5 3 30.5 9",  # over the photo's right edge at 24, as given
@@ -343,13 +331,9 @@ OFFICIAL = [  # set, folder, maker, classes, train, test: path, label, then box 
         "train/0003/0003_045_12_0006_2.jpg 1 12",
     ], ["test/0000/0000_000_03_0015_0.jpg 0 3", "test/0000/0000_001_05_0015_0.jpg 0 5",
         "test/0001/0001_000_04_0015_0.jpg 1 4"]),
-]
-
-
-@pytest.mark.parametrize("name, folder, make, classes, train, test", OFFICIAL, ids=lambda v: str(v)[:12])
-def test_an_official_set_is_read_from_its_folder_or_from_where_that_lies(
-    tmp_path, name, folder, make, classes, train, test
-):
+], ids=lambda case: f"{case[0]} {case[1][:5]}")
+def test_an_official_set_is_read_from_its_folder_or_from_where_that_lies(tmp_path, case):
+    name, folder, make, classes, train, test = case
     base = make(tmp_path / folder)
     for root in (tmp_path, base):
         splits = load(name, root)
@@ -372,7 +356,7 @@ def test_the_parts_of_birds_are_squares_of_a_tenth_of_the_objects_side_and_boxes
     np.testing.assert_array_equal(train.parts[1], np.float32([[4, 5, 6, 7], unseen]))
 
 
-def test_cub_without_its_parts_folder_and_with_a_bom_and_windows_line_ends(tmp_path):
+def test_cub_without_its_parts_and_with_a_bom_and_windows_line_ends_and_dogs_without_boxes(tmp_path):
     before = load("cub", cub(tmp_path))
     for file in ("images.txt", "classes.txt", "bounding_boxes.txt", "train_test_split.txt"):
         write(tmp_path / file, b"\xef\xbb\xbf" + (tmp_path / file).read_bytes().replace(b"\n", b"\r\n"))
@@ -380,18 +364,18 @@ def test_cub_without_its_parts_folder_and_with_a_bom_and_windows_line_ends(tmp_p
     after = load("cub", tmp_path)
     assert told(after.train, "/") == told(before.train, "/") and after.classes == before.classes
     assert after.train.parts is None and after.train.part_names == ()
+    (dogs(tmp_path / "dogs") / "Annotation").rename(tmp_path / "elsewhere")
+    assert load("dogs", tmp_path / "dogs").train.boxes is None
 
 
 def test_the_official_validation_images_are_trained_on_or_a_split_of_their_own(tmp_path):
-    sides = {}
-    for name, make in {"aircraft": aircraft, "flowers": flowers, "msmt17": msmt17}.items():
-        make(tmp_path / name)
-        splits = sides[name] = load(name, tmp_path / name, train_split="train")
-        assert splits.val is None or len(splits.val) == 1
-    assert told(sides["aircraft"].val, tmp_path) == ["aircraft/images/0000009.jpg 2 0 0 9 9"]
-    assert sides["aircraft"].train.labels == [0, 1] and sides["flowers"].train.labels == [0, 0]
-    assert told(sides["flowers"].val, tmp_path) == ["flowers/jpg/image_00006.jpg 59"]
-    assert sides["msmt17"].train.cameras == [1, 12]
+    makers = {"aircraft": aircraft, "flowers": flowers, "msmt17": msmt17}
+    planes, plants, persons = (
+        load(name, make(tmp_path / name), train_split="train") for name, make in makers.items())
+    assert told(planes.val, tmp_path) == ["aircraft/images/0000009.jpg 2 0 0 9 9"]
+    assert told(plants.val, tmp_path) == ["flowers/jpg/image_00006.jpg 59"]
+    assert planes.train.labels == [0, 1] and plants.train.labels == [0, 0]
+    assert persons.train.cameras == [1, 12] and persons.val is None
     (tmp_path / "msmt17/list_val.txt").unlink()  # version 1 has it, not every copy
     assert load("msmt17", tmp_path / "msmt17").train.cameras == [1, 12]
     half = load("flowers", tmp_path / "flowers", val_fraction=0.5)
@@ -405,22 +389,6 @@ def test_crop_banner_cuts_the_bottom_20_pixels_of_aircraft_with_and_without_boxe
         split = load("aircraft", base, **settings).train
         pixels, _, _, shown = data.Photos(split, replace(RECIPE, **settings))[0]
         assert (pixels[0].float().mean() > 50) == (not settings) and shown.tolist() == region
-
-
-def test_what_a_note_says_of_a_set_and_dogs_without_boxes(tmp_path):
-    assert "no test images of AM General" in load("cars", cars(tmp_path / "cars")).note
-    base = dogs(tmp_path / "dogs")
-    assert "in ImageNet's training set" in load("dogs", base).note
-    (base / "Annotation").rename(tmp_path / "elsewhere")
-    assert load("dogs", base).train.boxes is None
-
-
-def plant(base):
-    lines = [f"Train_{i},{','.join('01'[i % 4 == k] for k in range(4))}" for i in range(40)]
-    write(base / "train.csv", "\r\n".join(["image_id,healthy,multiple_diseases,rust,scab", *lines, ""]))
-    for name in [f"Train_{i}" for i in range(40)] + ["Test_0"]:
-        photo(base / f"images/{name}.jpg", (8, 8))
-    return base
 
 
 def test_plant_holds_out_a_fifth_of_each_class_as_its_test_labels_are_hidden(tmp_path):
@@ -437,15 +405,13 @@ def test_plant_holds_out_a_fifth_of_each_class_as_its_test_labels_are_hidden(tmp
 
 
 def test_plant_reads_icassava_too_the_five_classes_of_the_paper_s_table_1(tmp_path):
-    kinds, base = ["cbb", "cbsd", "cgm", "cmd", "healthy"], tmp_path / "cassavaleafdata"
-    for i in range(25):
-        photo(base / f"train/{kinds[i // 5]}/train-{i}.jpg", (8, 8))
+    kinds = ["cbb", "cbsd", "cgm", "cmd", "healthy"]
+    photos = [f"train/{kind}/train-{i}.jpg" for kind in kinds for i in range(5)]
+    base = tree(tmp_path / "cassavaleafdata", {}, photos)
     splits = load("plant", tmp_path)
     assert splits.classes == kinds and "hidden" in splits.note
     assert np.bincount(splits.test.labels).tolist() == [1] * 5 and len(splits.train) == 20
-    for kind in kinds:
-        for side in ("test", "validation"):
-            photo(base / f"{side}/{kind}/{side}.jpg", (8, 8))
+    tree(base, {}, [f"{side}/{kind}/{side}.jpg" for kind in kinds for side in ("test", "validation")])
     splits = load("plant", base)
     assert len(splits.train) == 25 and splits.test.labels == splits.val.labels == [0, 1, 2, 3, 4]
     assert Path(splits.test.paths[0]).name == "test.jpg"
@@ -475,33 +441,34 @@ def test_fmow_takes_rgb_photos_their_first_usable_box_and_the_test_labels_of_the
 
 
 def test_imagenet_has_folders_of_wnids_and_kaggle_s_val_a_table(tmp_path):
-    for k, wnid in enumerate(("n01443537", "n01440764")):
-        for base, val in ((tmp_path / "a", wnid), (tmp_path / "b/ILSVRC/Data/CLS-LOC", "")):
+    known, own, kaggle = ["n01440764", "n01443537"], tmp_path / "a", tmp_path / "b/ILSVRC/Data/CLS-LOC"
+    for k, wnid in enumerate(known[::-1]):
+        for base, val in ((own, wnid), (kaggle, "")):
             photo(base / f"train/{wnid}/{wnid}_1.JPEG", mode="CMYK" if k == 0 else "RGB")
             photo(base / "val" / val / f"V{k}.JPEG")
-    splits = load("imagenet", tmp_path / "a")
-    assert splits.classes == ["n01440764", "n01443537"] and splits.train.labels == [0, 1]
-    assert told(splits.test, tmp_path / "a/val") == ["n01440764/V1.JPEG 0", "n01443537/V0.JPEG 1"]
+    splits = load("imagenet", own)
+    assert splits.classes == known and splits.train.labels == [0, 1]
+    assert told(splits.test, own / "val") == ["n01440764/V1.JPEG 0", "n01443537/V0.JPEG 1"]
     assert data.Photos(splits.train, RECIPE)[1][0].shape == (3, 16, 16)
     solution = "ImageId,PredictionString\r\nV1,n01440764 1 2 3 4 \r\nV0,n01443537 1 2 3 4\r\n"
     write(tmp_path / "b/LOC_val_solution.csv", solution)
-    for root in (tmp_path / "b", base):
-        splits = load("imagenet", root)
-        assert splits.classes == ["n01440764", "n01443537"] and splits.test.labels == [1, 0]
-    write(tmp_path / "b/LOC_val_solution.csv", "ImageId,PredictionString\nV1,n01440764 1 2 3 4\n")
+    for root in (tmp_path / "b", kaggle):
+        assert load("imagenet", root).classes == known and load("imagenet", root).test.labels == [1, 0]
+    write(tmp_path / "b/LOC_val_solution.csv", solution.split("V0")[0])
     with pytest.raises(ValueError, match="LOC_val_solution.csv has no line for V0"):
-        load("imagenet", base)
+        load("imagenet", kaggle)
     for i in range(2000):  # the whole of it has names
         folder = tmp_path / "c" / ("train", "val")[i % 2] / f"n{i // 2:08}"
         folder.mkdir(parents=True)
-        (folder / "1.JPEG").hardlink_to(tmp_path / "a/val/n01440764/V1.JPEG")
+        (folder / "1.JPEG").hardlink_to(own / "val/n01440764/V1.JPEG")
     assert load("imagenet", tmp_path / "c").classes[:2] == ["tench", "goldfish"]
 
 
 # ---------------------------------------------------------------------- damaged and missing sets
-
 LONG, DEEP, NUMBERED = b"9" * 400, b"[" * 200_000, mat(annotations=annos([row(1)] * 3, [1, 2, 3]))
-DAMAGE = [  # set, its maker, file, old content (None: all of it), new content, what the error says
+
+
+@pytest.mark.parametrize("case", [  # set, maker, file, old content (None: all), new content, its error
     ("cub", cub, "image_class_labels.txt", b"4 2\n", b"", "image_class_labels.txt has no line for 4"),
     ("cub", cub, "train_test_split.txt", b"4 1", b"4 2", "train_test_split.txt.*'2'"),
     ("cub", cub, "train_test_split.txt", b" 0", b" 1", "no training or no test photos"),
@@ -526,10 +493,7 @@ DAMAGE = [  # set, its maker, file, old content (None: all of it), new content, 
     ("market1501", people, "query/person.jpg", None, b"", "query/person.jpg is not named"),
     ("msmt17", msmt17, "list_query.txt", None, b"0000/query.jpg 0", "query.jpg is not named"),
     ("msmt17", msmt17, "list_query.txt", None, b"", "0 in query"),
-]
-
-
-@pytest.mark.parametrize("case", DAMAGE, ids=lambda case: case[2])
+], ids=lambda case: case[2])
 def test_a_damaged_file_of_an_official_set_is_one_error_that_names_it(tmp_path, case):
     name, make, file, old, new, message = case
     path = make(tmp_path) / file
@@ -549,10 +513,10 @@ def test_a_wrong_root_says_what_is_missing_and_where_to_get_it(tmp_path):
         assert ("--download" in str(error.value)) == (name in ("cub", "flowers", "aircraft", "dogs"))
     (cub(tmp_path / "CUB_200_2011") / "classes.txt").unlink()
     (cars(tmp_path / "stanford_cars") / "cars_test_annos_withlabels.mat").unlink()
+    mirror = "stanford_cars lacks cars_test_annos_withlabels.mat or .*; get it from a mirror"
     for name, root, message in (
-        ("cub", tmp_path, "CUB_200_2011 lacks classes.txt; "), ("cub", None, "add --root"),
-        ("cars", tmp_path, "stanford_cars lacks cars_test_annos_withlabels.mat or .*; get it from a mirror"),
-        ("cub", tmp_path / "nowhere", "nowhere is no folder"),
+        ("cub", tmp_path, "CUB_200_2011 lacks classes.txt; "), ("cars", tmp_path, mirror),
+        ("cub", None, "add --root"), ("cub", tmp_path / "nowhere", "nowhere is no folder"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
             load(name, root)
@@ -569,17 +533,14 @@ def test_published_counts_are_those_of_the_fact_sheet_and_others_are_noted(tmp_p
     assert "images: (2, 3, 2), published: (200, 5994, 5794)" in load("cub", cub(tmp_path)).note
     monkeypatch.setitem(data.SETS, "cub", data.SETS["cub"]._replace(classes=2, train=3, test=2))
     assert load("cub", tmp_path).note == "3 train, 2 test images of 2 classes"
+    assert "no test images of AM General" in load("cars", cars(tmp_path / "cars")).note
+    assert "in ImageNet's training set" in load("dogs", dogs(tmp_path / "dogs")).note
 
 
 # ---------------------------------------------------------------------- own folders
-
-
-def own(root, **counts):
-    """A folder of photos: own(root, train_a=2) makes root/train/a/0.png and 1.png."""
-    for folder, n in counts.items():
-        for i in range(n):
-            photo(root / folder.replace("_", "/").replace("n/l", "n_l") / f"{i}.png", format="PNG")
-    return root
+def own(root, names):
+    """A folder of photos: own(root, "a/0 b/0") makes root/a/0.png and root/b/0.png."""
+    return tree(root, {}, [f"{name}.png" for name in names.split()])
 
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("Train", "val"), ("training", "VALID")])
@@ -598,7 +559,7 @@ def test_a_folder_has_train_and_test_under_their_usual_names_without_hidden_file
 
 
 def test_class_folders_alone_need_a_fraction_and_are_cut_by_class_and_file_name(tmp_path):
-    own(tmp_path, a=10, b=5, c=1)
+    own(tmp_path, " ".join(f"{name}/{i}" for name, n in (("a", 10), ("b", 5), ("c", 1)) for i in range(n)))
     with pytest.raises(ValueError, match="no test or val folder; put .* or add --val-fraction"):
         load("folder", tmp_path)
     splits = load("folder", tmp_path, val_fraction=0.2)
@@ -617,30 +578,29 @@ def test_a_validation_split_is_cut_from_train_and_every_list_alike(tmp_path):
     at = whole.train.paths.index(splits.val.paths[5])
     for key in ("images", "parts", "boxes", "labels"):
         assert np.array_equal(getattr(splits.val, key)[5], getattr(whole.train, key)[at])
-    splits = load("folder", own(tmp_path, train_a=1, train_b=1, val_b=1, test_a=1, test_b=1))
+    splits = load("folder", own(tmp_path, "train/a/0 train/b/0 val/b/0 test/a/0 test/b/0"))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (2, 1, 2) and splits.val.labels == [1]
 
 
-@pytest.mark.parametrize("counts, fraction, message", [
-    ({}, 0, "holds 0 class folders"), ({"train": 1, "test": 1}, 0, "train holds 0 class folders"),
-    ({"train_a": 1, "test_a": 1}, 0, "holds 1 class folders.*of at least two classes"),
-    ({"test_a": 1, "test_b": 1}, 0, "has test and no train"),
-    ({"train_a": 1, "train_b": 1, "test_c": 1}, 0, "test/c is no class of train"),
-    ({"train_a": 1, "train_b_.hidden": 1, "test_a": 1}, 0, "b holds no photos"),
-    ({"train_a": 1, "train_b": 1, "test_a": 1, "val_a": 1}, 0.5, "--val-fraction 0.5: folder has val or"),
-    ({"a": 1, "b": 1}, 0.5, "--val-fraction 0.5: no class has two photos"),
-    ({"train_fruit_banana": 2, "train_fruit_apple": 2}, 0, "train holds 1 class folders; .*no level deeper"),
-    ({"Images": 1, "train_list.mat": 1}, 0, "looks like dogs, an official set: use --data dogs"),
+@pytest.mark.parametrize("names, fraction, message", [
+    ("", 0, "holds 0 class folders"), ("train/0 test/0", 0, "train holds 0 class folders"),
+    ("train/a/0 test/a/0", 0, "holds 1 class folders.*of at least two classes"),
+    ("test/a/0 test/b/0", 0, "has test and no train"),
+    ("train/a/0 train/b/0 test/c/0", 0, "test/c is no class of train"),
+    ("train/a/0 train/b/.hidden/0 test/a/0", 0, "b holds no photos"),
+    ("train/a/0 train/b/0 test/a/0 val/a/0", 0.5, "--val-fraction 0.5: folder has val or"),
+    ("a/0 b/0", 0.5, "--val-fraction 0.5: no class has two photos"),
+    ("train/fruit/banana/0 train/fruit/apple/0", 0, "train holds 1 class folders; .*no level deeper"),
+    ("Images/0 train_list.mat/0", 0, "looks like dogs, an official set: use --data dogs"),
 ])
-def test_what_is_wrong_with_a_folder_is_said_with_what_to_do(tmp_path, counts, fraction, message):
+def test_what_is_wrong_with_a_folder_is_said_with_what_to_do(tmp_path, names, fraction, message):
     with pytest.raises(ValueError, match=message):
-        load("folder", own(tmp_path, **counts), val_fraction=float(fraction))
+        load("folder", own(tmp_path, names), val_fraction=float(fraction))
 
 
 def test_own_photos_are_looked_through_and_the_unreadable_ones_named_together(tmp_path):
-    own(tmp_path, train_a=3, train_b=3, test_a=1, test_b=1)
-    write(tmp_path / "train/a/empty.jpg", b"")
-    write(tmp_path / "train/b/text.jpg", "not a photo")
+    own(tmp_path, "train/a/0 train/a/1 train/a/2 train/b/0 train/b/1 train/b/2 test/a/0 test/b/0")
+    tree(tmp_path, {"train/a/empty.jpg": b"", "train/b/text.jpg": "not a photo"})
     (tmp_path / "test/a/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     faults = "a/empty.jpg .cannot identify image file.*b/text.jpg .cannot.*gone.jpg .no such file.; .*--skip"
     with pytest.raises(ValueError, match=f"^3 photos cannot be read: .*{faults}"):
@@ -654,8 +614,6 @@ def test_own_photos_are_looked_through_and_the_unreadable_ones_named_together(tm
 
 
 # ---------------------------------------------------------------------- downloads
-
-
 @pytest.fixture
 def hosted(tmp_path, monkeypatch):
     """CUB's archive on a host of its own: (the archive, an empty folder)."""
