@@ -587,3 +587,12 @@ def test_the_official_weights_of_each_backbone(monkeypatch):
 def test_settings_that_do_not_fit_are_refused_with_what_to_do(change, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         m.build(replace(TINY, **change), 5)
+
+
+def test_weight_decay_is_on_matrices_and_kernels_and_not_on_tokens_and_position_tables():
+    model = tiny()
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    decayed, plain = m.param_groups(model, TINY)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert {names[id(p)] for p in decayed["params"]} == {"weight"} and all(p.ndim > 1 for p in decayed["params"])
+    assert {names[id(p)] for p in plain["params"] if p.ndim > 1} == {"cls_token", "rel_pos_h", "rel_pos_w"}
