@@ -1,7 +1,6 @@
 """tdsa.py against the paper: each equation by hand or loop by loop, backbones, recipes, tables, weights."""
-import dataclasses
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ import tdsa
 
 TOY, CUB = tdsa.RECIPES["toy"], tdsa.RECIPES["cub"]
 SMALL = replace(TOY, image_size=(48, 32))
+CE, MC, R18 = {"loss": "ce", "aligned": "none"}, {"loss": "mc", "aligned": "high"}, {"backbone": "resnet18"}
+PEAKS = [(0, 1, 2.0), (2, 0, 5.0), (1, 1, 3.0)]  # row, column and height of a channel's on 3 x 2 cells
 HAND = torch.tensor([[2.0, 0], [0, 2], [1, 1], [1, 1]]).view(1, 4, 1, 2)  # two classes of two channels
 
 
@@ -28,37 +29,9 @@ def on_meta(classes=200, **changes):
         return tdsa.build(replace(CUB, **changes), classes).eval()
 
 
-def meta_images(B, H, W):
-    return torch.empty(B, 3, H, W, device="meta")
-
-
-def batch(images=3, classes=4, size=(48, 32), seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(images, 3, *size, generator=g), torch.arange(images) % classes
-
-
-def map_of(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# -------------------------------------------------------------------------------------- Eqs. 3 to 6
-
-
-def literal_mc_loss(features, targets, c, mask):
-    """Eqs. 3 to 6, one number after the other -> L_dis, the mean of h."""
-    B, C, H, W = features.shape
-    dis, spread, places = 0.0, 0.0, [(i, j) for i in range(H) for j in range(W)]
-    for b in range(B):
-        g = []
-        for k in range(C // c):
-            own = [features[b, m] for m in range(k * c, (k + 1) * c)]
-            on = mask[k * c : (k + 1) * c]
-            best = [max((F_m[i, j] * M for F_m, M in zip(own, on)), key=torch.Tensor.item) for i, j in places]
-            g.append(sum(best) / (H * W))
-            softmax = [F_m.exp() / sum(F_m[i, j].exp() for i, j in places) for F_m in own]
-            spread = spread + sum(max((P[i, j] for P in softmax), key=torch.Tensor.item) for i, j in places)
-        dis = dis - (g[int(targets[b])].exp() / sum(v.exp() for v in g)).log()
-    return dis / B, spread / (B * (C // c))
+def batch(images=3, classes=4):
+    torch.manual_seed(1)
+    return torch.randn(images, 3, 48, 32), torch.arange(images) % classes
 
 
 def test_eqs_3_to_6_by_hand_on_a_map_of_two_places():
@@ -76,45 +49,43 @@ def test_eqs_3_to_6_by_hand_on_a_map_of_two_places():
         assert paper.item() == pytest.approx(2.7615942 / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("c", [1, 2, 3])
-def test_eqs_3_to_6_loop_by_loop_in_value_and_gradient(c):
-    targets, mask = torch.tensor([1, 0]), tdsa.cwa_mask(3 * c, 3)
-    features = map_of(2, 3 * c, 3, 2).requires_grad_()
-    dis, h = literal_mc_loss(features, targets, c, mask[0])
-    for diversity, div in (("paper", h), ("code", h / c - 1)):
+@pytest.mark.parametrize("masks", [1, 2])  # one for all images, or each its own
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (3, 3, 3), (2, 3, 3)])
+def test_eqs_3_to_6_class_by_class_in_value_and_gradient_also_if_the_first_have_a_channel_less(sizes, masks):
+    features, targets = torch.randn(2, sum(sizes), 3, 2).requires_grad_(), torch.tensor([1, 0])
+    mask = tdsa.cwa_mask(sum(sizes), 3, masks)
+    masked = (features * mask[:, :, None, None]).split(sizes, 1)
+    g = torch.stack([part.amax(1).mean((1, 2)) for part in masked], 1)
+    h = [part.flatten(2).softmax(2).amax(1).sum(1).mean() for part in features.split(sizes, 1)]
+    dis = -(g.exp() / g.exp().sum(1, keepdim=True))[[0, 1], targets].log().mean()
+    code = sum(h_k / c for h_k, c in zip(h, sizes)) / 3 - 1
+    for diversity, div in (("paper", sum(h) / 3), ("code", code)):
         for found, wanted in zip(tdsa.mc_loss(features, targets, 3, mask, diversity), (dis, div)):
             ours, literal = (torch.autograd.grad(x, features, retain_graph=True)[0] for x in (found, wanted))
             assert found.item() == pytest.approx(wanted.item(), abs=1e-6)
-            assert torch.allclose(ours, literal, atol=1e-7) and (c == 1 or literal.abs().max() > 1e-3)
+            assert torch.allclose(ours, literal, atol=1e-7) and (sizes[0] == 1 or literal.abs().max() > 1e-3)
 
 
 @pytest.mark.parametrize("c, ones", [(1, 1), (3, 2), (6, 3), (9, 5), (12, 6), (15, 8)])
-def test_eq3_mask_has_ceil_half_ones_in_every_class_at_every_place_equally_often(c, ones):
+def test_eq3_mask_has_ceil_half_ones_in_every_class_everywhere_equally_often_also_in_ragged_groups(c, ones):
     masks = tdsa.cwa_mask(400 * c, 400, 10)
     assert masks.shape == (10, 400 * c) and (masks.view(10, 400, c).sum(2) == ones).all()
     kinds, counts = masks.view(-1, c).int().unique(dim=0, return_counts=True)
     assert len(kinds) == math.comb(c, ones) or c > 9
     assert c > 6 or (counts / 4000 * len(kinds) - 1).abs().max() < 0.25
     assert tdsa.cwa_mask(8, 3).shape == (1, 8) and tdsa.cwa_mask(8, 3)[0, :2].sum() == 1  # groups 2, 3, 3
-
-
-def test_eq3_a_mask_for_each_image_serves_only_it():
-    features, masks = map_of(2, 6, 2, 2), torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 0, 1, 1]])
-    both = tdsa.class_scores(features, 2, masks)
-    for b in range(2):
-        alone = tdsa.class_scores(features, 2, masks[b : b + 1])  # one for all
-        assert torch.equal(both[b], alone[b]) and not torch.equal(both[1 - b], alone[1 - b])
+    for C, groups in ((512, ((88, 2), (112, 3))), (2048, ((152, 10), (48, 11))), (600, ((200, 3),))):
+        assert tdsa.class_groups(C, 200) == groups
+    assert tdsa.channels_of_class(5, 2).tolist() == [[0, 1, 1], [2, 3, 4]]
 
 
 def test_eq5_is_one_when_channels_look_at_the_same_places_and_their_number_when_their_peaks_are_apart():
-    same, peaks = map_of(2, 1, 4, 4).expand(2, 18, 4, 4), torch.zeros(1, 3, 2, 2)
-    for features in (torch.zeros(2, 18, 4, 4), same):
+    for features in (torch.zeros(2, 18, 4, 4), torch.randn(2, 1, 4, 4).expand(2, 18, 4, 4)):
         for c, div in ((3, -0.6666667), (9, -0.8888889)):
             assert torch.allclose(tdsa.class_spread(features, 18 // c), torch.ones(2, 18 // c), atol=1e-6)
             _, found = tdsa.mc_loss(features, torch.tensor([0, 1]), 18 // c)
             assert found.item() == pytest.approx(div, abs=1e-6)
-    for m in range(3):
-        peaks[0, m].view(-1)[m] = 50
+    peaks = 50 * torch.eye(3, 4).view(1, 3, 2, 2)
     assert tdsa.class_spread(peaks, 1).item() == pytest.approx(3, abs=1e-6)
     assert tdsa.mc_loss(peaks, torch.tensor([0]), 1)[1].item() == pytest.approx(0, abs=1e-6)
 
@@ -127,50 +98,27 @@ def test_eq3_gives_the_gradient_of_a_tie_to_one_channel():
     assert torch.allclose(grad, *torch.autograd.grad(F.cross_entropy(pooled, torch.tensor([0])), features))
 
 
-def test_ragged_groups_give_the_first_classes_one_channel_less_and_each_its_own_loss():
-    assert tdsa.class_groups(512, 200) == ((88, 2), (112, 3))
-    assert tdsa.class_groups(2048, 200) == ((152, 10), (48, 11))
-    assert tdsa.class_groups(600, 200) == ((200, 3),)
-    assert tdsa.channels_of_class(5, 2).tolist() == [[0, 1, 1], [2, 3, 4]]
-    features, targets, mask = map_of(2, 8, 3, 3), torch.tensor([0, 2]), torch.arange(8)[None] % 3 > 0
-    pieces, masked = [(0, 2), (2, 5), (5, 8)], features * mask.view(8, 1, 1)
-    g = torch.stack([masked[:, a:b].amax(1).mean((1, 2)) for a, b in pieces], 1)
-    h = torch.stack([features[:, a:b].flatten(2).softmax(2).amax(1).sum(1) for a, b in pieces], 1)
-    dis, div = tdsa.mc_loss(features, targets, 3, mask)
-    assert torch.allclose(dis, F.cross_entropy(g, targets))
-    assert torch.allclose(div, (h / torch.tensor([2, 3, 3])).mean() - 1, atol=1e-6)
-    assert torch.allclose(tdsa.mc_loss(features, targets, 3, mask, "paper")[1], h.mean())
-
-
-# -------------------------------------------------------------------------------------- Eq. 7
-
-
-@pytest.mark.parametrize("xi", [1, 2, 3])
-def test_eq7_loop_by_loop_a_high_level_channel_gates_xi_middle_ones_of_its_class_gradients_pass_both(xi):
-    mid, high = map_of(2, 4 * xi, 4, 6).requires_grad_(), map_of(2, 4, 2, 3, seed=1).requires_grad_()
-    attended = tdsa.top_down_attention(mid, high)
-    for term in tdsa.mc_loss(attended, torch.tensor([0, 1]), 2):
-        gradients = torch.autograd.grad(term, (mid, high), retain_graph=True)
-        assert xi == 1 or all(grad.any() for grad in gradients)
-    for b, c, i, j in torch.cartesian_prod(*map(torch.arange, mid.shape)).tolist():
-        gate = 1 / (1 + math.exp(-high[b, c // xi, i // 2, j // 2].item()))  # the nearest neighbour
-        assert attended[b, c, i, j].item() == pytest.approx(mid[b, c, i, j].item() * gate, abs=1e-6)
+def test_eq7_a_high_level_channel_gates_xi_middle_ones_of_its_class_and_gradients_pass_both():
+    for xi in (1, 2, 3):
+        mid, high = torch.randn(2, 4 * xi, 4, 6).requires_grad_(), torch.randn(2, 4, 2, 3).requires_grad_()
+        attended = tdsa.top_down_attention(mid, high)
+        nearest = high.repeat_interleave(xi, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        assert torch.allclose(attended, mid / (1 + torch.exp(-nearest)), atol=1e-6)
+        for term in tdsa.mc_loss(attended, torch.tensor([0, 1]), 2):
+            gradients = torch.autograd.grad(term, (mid, high), retain_graph=True)
+            assert xi == 1 or all(grad.any() for grad in gradients)
 
 
 def test_eq7_upsamples_before_the_sigmoid_and_can_at_most_halve_unless_bicubic_undershoots():
-    high, ones = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 8, 8)
-    high[..., 1:3, 1:3] = 8
-    modes = ("nearest", "bilinear", "bicubic")
-    gates = {mode: tdsa.top_down_attention(ones, high, mode) for mode in modes}
-    assert all(torch.equal(tdsa.top_down_attention(ones, 0 * high, mode), ones / 2) for mode in modes)
-    assert gates["nearest"].min() >= 0.5 and gates["bilinear"].min() >= 0.5 and gates["bicubic"].min() < 0.5
-    for mode in ("bilinear", "bicubic"):
-        up = {"size": (8, 8), "mode": mode, "align_corners": False}
-        assert torch.allclose(gates[mode], F.interpolate(high, **up).sigmoid())
-        assert (gates[mode] - F.interpolate(high.sigmoid(), **up)).abs().max() > 0.1
-
-
-# -------------------------------------------------------------------------------------- Eqs. 2, 8 and 9
+    high, ones = F.pad(torch.full((1, 1, 2, 2), 8.0), (1, 1, 1, 1)), torch.ones(1, 1, 8, 8)
+    for mode in ("nearest", "bilinear", "bicubic"):
+        gate = tdsa.top_down_attention(ones, high, mode)
+        assert (gate.min() < 0.5) == (mode == "bicubic")
+        assert torch.equal(tdsa.top_down_attention(ones, 0 * high, mode), ones / 2)
+        if mode != "nearest":
+            up = {"size": (8, 8), "mode": mode, "align_corners": False}
+            assert torch.allclose(gate, F.interpolate(high, **up).sigmoid())
+            assert (gate - F.interpolate(high.sigmoid(), **up)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("diversity", ["code", "paper"])
@@ -187,28 +135,32 @@ def test_eq9_weighs_both_maps_as_the_paper_or_the_code_does(xi, diversity):
     assert loss.item() == pytest.approx((total + (code if diversity == "code" else paper)).item(), abs=1e-4)
 
 
-def test_eqs_2_and_8_the_losses_act_on_the_maps_they_name():
+def test_eqs_2_and_8_the_losses_act_on_the_maps_they_name_and_heads_are_their_class_scores():
     images, targets = batch()
     for loss, maps in {"ce": (), "mc": ("high",), "tdsa": ("mid", "high")}.items():
         _, terms = model_of(loss=loss)(images, targets)
         assert list(terms) == ["ce", *(f"{t}_{m}" for m in maps for t in ("dis", "div")), "top1"]
     loss, terms = model_of(mu=2.0, lambda_div=0.0, loss="mc")(images, targets)
     assert loss.item() == pytest.approx((terms["ce"] + 2 * terms["dis_high"]).item(), abs=1e-5)
-    maps = model_of().trunk(images)
-    assert model_of(attention=False).constrained(*maps)["mid"] is maps[0]  # raw, not halved
+    maps = mid, high = model_of().trunk(images)
+    assert model_of(attention=False).constrained(*maps)["mid"] is mid  # raw, not halved
     for mode in ("nearest", "bicubic"):
-        attended = model_of(upsample=mode).constrained(*maps)
-        assert torch.equal(attended["mid"], tdsa.top_down_attention(*maps, mode))
+        attended = model_of(upsample=mode).constrained(*maps)["mid"]
+        assert torch.equal(attended, tdsa.top_down_attention(*maps, mode))
+        heads, logits = model_of(upsample=mode).heads(images), model_of(upsample=mode)(images)
+        assert list(heads) == ["classifier", "mid", "high"] and torch.equal(heads["classifier"], logits)
+        assert torch.equal(heads["mid"], tdsa.class_scores(attended, 4))
+        assert torch.equal(heads["high"], tdsa.class_scores(high, 4))
 
 
 def test_the_classifier_in_evaluation_does_not_know_the_loss():
     images, targets = batch()
     model = model_of().eval()
-    expected, state = model(images), model.state_dict()
-    switches = [{"loss": "ce"}, {"loss": "mc"}, {"attention": False}, {"upsample": "bicubic"}, {"mu": 0.0}]
-    for change in [*switches, {"diversity": "paper"}, {"mask": "sample"}]:
+    expected = model(images)
+    for change in ({"loss": "ce"}, {"loss": "mc"}, {"attention": False}, {"upsample": "bicubic"}, {"mu": 0.0},
+                   {"diversity": "paper"}, {"mask": "sample"}):
         other = model_of(**change).eval()
-        other.load_state_dict(state)  # strict: no switch of the loss changes a name
+        other.load_state_dict(model.state_dict())  # strict: no switch of the loss changes a name
         assert torch.equal(other(images), expected), change
     model(images, targets)  # and computing the loss changes nothing
     assert torch.equal(model(images), expected)
@@ -227,41 +179,26 @@ def test_eq3_the_mask_is_drawn_from_torchs_random_state_a_batch_or_a_sample(monk
 
 
 def test_eqs_3_and_5_keep_softmax_and_sums_of_half_precision_in_fp32():
-    half = map_of(2, 6, 16, 16).half()
-    h, g = tdsa.class_spread(half, 2), tdsa.class_scores(half, 2, torch.ones(1, 6))
-    assert h.dtype == g.dtype == torch.float32
-    assert torch.allclose(h, tdsa.class_spread(half.float(), 2), atol=1e-6)
+    half = torch.randn(2, 6, 16, 16).half()
+    assert tdsa.class_scores(half, 2, torch.ones(1, 6)).dtype == torch.float32
+    spread, expected = (tdsa.class_spread(features, 2) for features in (half, half.float()))
+    assert spread.dtype == torch.float32 and torch.allclose(spread, expected, atol=1e-6)
 
 
-def test_heads_are_the_classifier_and_the_class_scores_of_each_constrained_map():
-    images, model = batch()[0], model_of().eval()
-    heads, (mid, high) = model.heads(images), model.trunk(images)
-    g = (tdsa.class_scores(features, 4) for features in (tdsa.top_down_attention(mid, high), high))
-    wanted = dict(zip(("classifier", "mid", "high"), (model(images), *g)))
-    assert list(heads) == list(wanted) and all(torch.equal(heads[name], wanted[name]) for name in wanted)
-
-
-# -------------------------------------------------------------------------------------- where, Figure 6
-
-
-def looking_at(peaks, **changes):
-    """A model that predicts class 2 of 4, its channels peaking on 3 x 2 cells at (row, column, height)."""
-    model, high = model_of(**changes).eval(), torch.zeros(1, 12, 3, 2)
+def looking_at_peaks():
+    """A model that predicts class 2 of 4, whose channels have their PEAKS, and its maps."""
+    model, mid, high = model_of().eval(), torch.rand(1, 24, 6, 4), torch.zeros(1, 12, 3, 2)
     high[0, 0] = 50  # of class 0, to be ignored
-    for i, (row, column, height) in enumerate(peaks):
+    for i, (row, column, height) in enumerate(PEAKS):
         high[0, 6 + i, row, column] = height
-    maps, model.trunk = (torch.rand(1, 24, 6, 4), high), nn.Identity()
-    model.trunk.forward = lambda images: [m.expand(len(images), -1, -1, -1) for m in maps]
+    model.trunk.forward = lambda images: [m.expand(len(images), -1, -1, -1) for m in (mid, high)]
     model.head[2].weight.data.zero_()
     model.head[2].bias.data = torch.tensor([0.0, 0, 1, 0])
-    return model, maps
-
-
-PEAKS = [(0, 1, 2.0), (2, 0, 5.0), (1, 1, 3.0)]
+    return model, mid, high
 
 
 def test_where_gives_the_cells_at_which_the_predicted_classs_channels_peak_strongest_first():
-    boxes, scores = looking_at(PEAKS)[0].where(torch.zeros(2, 3, 48, 32))
+    boxes, scores = looking_at_peaks()[0].where(torch.zeros(2, 3, 48, 32))
     assert scores.tolist() == [[5, 3, 2]] * 2
     assert boxes[1].tolist() == [[0, 32, 16, 48], [16, 16, 32, 32], [16, 0, 32, 16]]
 
@@ -269,21 +206,21 @@ def test_where_gives_the_cells_at_which_the_predicted_classs_channels_peak_stron
 def test_where_of_plain_cross_entropy_is_the_peak_of_the_class_activation_map():
     images, model = batch(5)[0], model_of(loss="ce").eval()
     high, weights = model.trunk(images)[1], model.head[2].weight[model(images).argmax(1)]
-    cam = torch.einsum("bc,bchw->bhw", weights, high).flatten(1) / high[0, 0].numel()
+    peaks, cells = (torch.einsum("bc,bchw->bhw", weights, high) / high[0, 0].numel()).flatten(1).max(1)
     with torch.inference_mode():
         boxes, scores = model.where(images)
-    assert boxes.shape == (5, 1, 4) and torch.allclose(scores[:, 0], cam.amax(1), atol=1e-5)
-    corners = torch.stack((cam.argmax(1) % 2, cam.argmax(1) // 2), 1) * 16.0
-    assert torch.equal(boxes[:, 0], torch.cat((corners, corners + 16), 1))
+    assert torch.allclose(scores, peaks[:, None], atol=1e-5)
+    assert boxes.tolist() == [[[16 * x, 16 * y, 16 * x + 16, 16 * y + 16]]
+                              for y, x in (divmod(cell, 2) for cell in cells.tolist())]
 
 
 def test_figure_6_shows_the_peak_the_map_and_the_middle_maps_of_the_class_and_row(monkeypatch):
     heats, drawn, captions, panels = [], [], [], common.panels
-    monkeypatch.setattr(common, "heat", lambda image, values: (heats.append(values), image)[1])
-    monkeypatch.setattr(common, "draw_boxes", lambda image, boxes: (drawn.append(boxes.tolist()), image)[1])
-    monkeypatch.setattr(common, "panels", lambda *row: (captions.append(row[1]), panels(*row))[1])
-    model, (mid, high) = looking_at(PEAKS)
-    (page,) = model.figure(torch.zeros(1, 3, 48, 32))
+    monkeypatch.setattr(common, "heat", lambda image, values: heats.append(values) or image)
+    monkeypatch.setattr(common, "draw_boxes", lambda image, boxes: drawn.append(boxes.tolist()) or image)
+    monkeypatch.setattr(common, "panels", lambda *row: captions.append(row[1]) or panels(*row))
+    model, mid, high = looking_at_peaks()
+    [page] = model.figure(torch.zeros(1, 3, 48, 32))
     expected = [m for i in range(3) for m in (high[0, 6 + i], mid[0, 12 + 2 * i], mid[0, 13 + 2 * i])]
     assert len(heats) == 9 and all(torch.equal(a, b) for a, b in zip(heats, expected))
     h, w = 224 / 3, 149 / 2  # a cell of the enlarged picture
@@ -303,33 +240,25 @@ def test_figure_6_without_a_loss_on_the_middle_map_has_two_columns_and_a_row_a_c
     assert boxes.shape == (3, rows, 4) and abs(page.width / 2 - 155) < 6 and page.height // 246 == rows
 
 
-# -------------------------------------------------------------------------------------- backbones
-
-COUNTS = {
-    ("vgg16", 200): (31155912, 36687312, 42218712, 47750112, 53281512),
-    ("vgg16", 100): (19399812, 22165512, 24931212, 27696912, 30462612),
-    ("vgg16", 196): (30685668, 36106440, 41527212, 46947984, 52368756),
-    ("vgg16", 102): (19634934, 22455948, 25276962, 28097976, 30918990),
-    ("resnet18", 200): (24915608, 58449608, 111423608, 183837608, 275691608),
-    ("resnet18", 100): (7040108, 15617108, 29054108, 47351108, 70508108),
-    ("resnet18", 196): (23979404, 56200628, 107092028, 176653604, 264885356),
-    ("resnet18", 102): (7284722, 16200338, 30172298, 49200602, 73285250),
-}
-
-
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
 def test_parameters_for_every_xi_and_dataset_and_of_the_baselines_equal_the_released_networks():
-    for (backbone, classes), counts in COUNTS.items():
-        models = (on_meta(classes, backbone=backbone, xi=xi) for xi in range(1, 6))
-        assert tuple(map(parameters, models)) == counts
+    for backbone, classes, counts in (
+            ("vgg16", 200, [31155912, 36687312, 42218712, 47750112, 53281512]),
+            ("vgg16", 100, [19399812, 22165512, 24931212, 27696912, 30462612]),
+            ("vgg16", 196, [30685668, 36106440, 41527212, 46947984, 52368756]),
+            ("vgg16", 102, [19634934, 22455948, 25276962, 28097976, 30918990]),
+            ("resnet18", 200, [24915608, 58449608, 111423608, 183837608, 275691608]),
+            ("resnet18", 100, [7040108, 15617108, 29054108, 47351108, 70508108]),
+            ("resnet18", 196, [23979404, 56200628, 107092028, 176653604, 264885356]),
+            ("resnet18", 102, [7284722, 16200338, 30172298, 49200602, 73285250])):
+        assert [parameters(on_meta(classes, backbone=backbone, xi=xi)) for xi in range(1, 6)] == counts
     for toy in (model_of(16), model_of(16, loss="ce", aligned="none")):  # own widths are those of 16 classes
         assert parameters(toy) == 201792
-    R18 = {"backbone": "resnet18"}
-    released = {27722504: CE, 11543816: R18 | CE, 30344640: MC, 14457320: R18 | MC}
-    for count, changes in (released | {31155912: {"loss": "mc", "xi": 1}}).items():
+    for count, changes in ((27722504, CE), (11543816, R18 | CE), (30344640, MC), (14457320, R18 | MC),
+                           (31155912, {"loss": "mc", "xi": 1})):
         assert parameters(on_meta(**changes)) == count
     assert len({parameters(on_meta(backbone="resnet18", layout=layout)) for layout in "ABC"}) == 1
     model = on_meta()
@@ -337,25 +266,23 @@ def test_parameters_for_every_xi_and_dataset_and_of_the_baselines_equal_the_rele
     assert [parameters(part) for part in parts] == [13579608, 13423368, 15215736]
 
 
-def test_maps_have_the_published_channels_and_sizes():
+def test_maps_and_multiply_adds_are_the_published_ones():
     for backbone, layout, (H, W), mid, high in (
-        ("vgg16", "A", (224, 224), (28, 28), (14, 14)), ("vgg16", "A", (256, 192), (32, 24), (16, 12)),
-        ("resnet18", "A", (224, 224), (14, 14), (7, 7)), ("resnet18", "B", (224, 224), (14, 14), (14, 14)),
-        ("resnet18", "C", (224, 224), (28, 28), (14, 14)), ("toy", "A", (96, 96), (12, 12), (6, 6)),
-    ):
-        model, images = on_meta(backbone=backbone, layout=layout, image_size=(H, W)), meta_images(2, H, W)
+            ("toy", "A", (96, 96), (12, 12), (6, 6)), ("vgg16", "A", (224, 224), (28, 28), (14, 14)),
+            ("vgg16", "A", (256, 192), (32, 24), (16, 12)), ("resnet18", "A", (224, 224), (14, 14), (7, 7)),
+            ("resnet18", "B", (224, 224), (14, 14), (14, 14)),
+            ("resnet18", "C", (224, 224), (28, 28), (14, 14))):
+        images = torch.empty(2, 3, H, W, device="meta")
+        model = on_meta(backbone=backbone, layout=layout, image_size=(H, W))
         shapes = [tuple(m.shape) for m in model.trunk(images)]
         assert shapes == [(2, 1800, *mid), (2, 600, *high)] and model(images).shape == (2, 200)
-
-
-def test_multiply_adds_are_the_published_ones():
+    image = torch.empty(1, 3, 224, 224, device="meta")
     for backbone, layout, counts in (
-        ("vgg16", "A", (15.8, 18.5, 21.2, 24.0, 26.7)), ("resnet18", "A", (3.7, 9.7, 19.6)),
-        ("resnet18", "C", (11.8, 36.0, 75.4)),
-    ):
+            ("vgg16", "A", (15.8, 18.5, 21.2, 24.0, 26.7)), ("resnet18", "A", (3.7, 9.7, 19.6)),
+            ("resnet18", "C", (11.8, 36.0, 75.4))):
         for xi, giga in enumerate(counts, start=1):
-            model = on_meta(xi=xi, backbone=backbone, layout=layout)
-            assert common.count_macs(model, meta_images(1, 224, 224)) / 1e9 == pytest.approx(giga, abs=0.1)
+            macs = common.count_macs(on_meta(xi=xi, backbone=backbone, layout=layout), image)
+            assert macs / 1e9 == pytest.approx(giga, abs=0.1)
 
 
 def test_the_paths_of_vgg16_and_resnet18_are_torchvisions():
@@ -374,8 +301,8 @@ def test_the_paths_of_vgg16_and_resnet18_are_torchvisions():
 
 
 def test_the_head_at_the_recipes_size_is_a_two_by_two_max_pooling_and_takes_other_sizes():
-    head, high = tdsa.classifier(replace(CUB, image_size=(96, 64)), 6, 3).eval(), map_of(2, 6, 6, 4)
-    assert torch.equal(head[0](high), F.max_pool2d(high, 2)) and head(map_of(2, 6, 9, 5)).shape == (2, 3)
+    head, high = tdsa.classifier(replace(CUB, image_size=(96, 64)), 6, 3).eval(), torch.randn(2, 6, 6, 4)
+    assert torch.equal(head[0](high), F.max_pool2d(high, 2)) and head(torch.randn(2, 6, 9, 5)).shape == (2, 3)
     layers = [nn.AdaptiveMaxPool2d, nn.Flatten, nn.BatchNorm1d, nn.Linear, nn.BatchNorm1d, nn.ELU, nn.Linear]
     assert [type(m) for m in head] == layers and (head[3].in_features, head[3].out_features) == (36, 512)
 
@@ -386,44 +313,35 @@ def test_initial_weights_and_epsilons_of_the_built_model_are_the_authors(backbon
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
             assert (m.eps, m.momentum) == (1e-5, 0.1) and (m.weight == 1).all() and (m.bias == 0).all(), name
         if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.numel() > 2000:
-            fan_in = m.weight[0].numel()
+            std = (3 * m.weight[0].numel()) ** -0.5  # PyTorch's default: uniform by the fan-in
             if isinstance(m, nn.Conv2d) and backbone != "vgg16":  # MC-Loss: normal of sqrt(2 / (k k out))
-                std = math.sqrt(2 / (m.weight.numel() // m.in_channels))
-            else:  # PyTorch's default
-                std = 1 / math.sqrt(3 * fan_in)
+                std = (2 / m.weight[:, 0].numel()) ** 0.5
             assert m.weight.std().item() == pytest.approx(std, rel=0.06), name
 
 
-# -------------------------------------------------------------------------------------- weights
-
-
-@pytest.mark.parametrize("backbone, layers", [  # those whose width follows the classes, or that read them
-    ("vgg16", {f"features.{i}" for i in (30, 31, 34, 40, 41)}), ("resnet18", {"layer3", "layer4"}),
-])
+@pytest.mark.parametrize("backbone, published, lost_layers, layers", [  # as wide as the classes ask, or next
+    ("resnet18", ResNet18_Weights, ("bn1.", "layer4.1.conv2."), {"layer3", "layer4"}),
+    ("vgg16", VGG16_BN_Weights, ("features.1.", "features.3."),
+     {"features.30", "features.31", "features.34", "features.40", "features.41"})])
 def test_torchvisions_weights_are_fetched_or_a_file_and_only_the_width_of_classes_begins_anew(
-    backbone, layers, tmp_path, monkeypatch
-):
-    published, fetched = resnet18() if backbone == "resnet18" else nn.Module(), []
+        backbone, published, lost_layers, layers, tmp_path, monkeypatch):
+    net, path, fetched = resnet18() if backbone == "resnet18" else nn.Module(), tmp_path / "net.pth", []
     if backbone == "vgg16":
-        published.features, published.classifier = make_layers(cfgs["D"], batch_norm=True), nn.Linear(3, 1000)
-    old = {k: v for k, v in published.state_dict().items() if not k.endswith("num_batches_tracked")}
-    torch.save(old, tmp_path / "net.pth")  # of 2017, without counters
-    monkeypatch.setattr(common, "fetch", lambda *how: (fetched.append(how), tmp_path / "net.pth")[1])
-    for aligned, weights in (("none", "default"), ("both", str(tmp_path / "net.pth"))):
+        net.features, net.classifier = make_layers(cfgs["D"], batch_norm=True), nn.Linear(3, 1000)
+    old = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, path)  # of 2017, without counters
+    monkeypatch.setattr(common, "fetch", lambda *how: fetched.append(how) or path)
+    for aligned, weights, expected in (("none", "default", set()), ("both", str(path), layers)):
         model = model_of(5, backbone=backbone, loss="mc", aligned=aligned, weights=weights)
         loaded = {k for k, v in model.trunk.state_dict().items() if k in old and torch.equal(v, old[k])}
         anew = {k for k in old if not k.startswith(("fc.", "classifier."))} - loaded
-        names = {k.rsplit(".", 1)[0] if backbone == "vgg16" else k[:6] for k in anew}
-        assert names == (layers if aligned == "both" else set())
-    weights = {"vgg16": VGG16_BN_Weights, "resnet18": ResNet18_Weights}[backbone].IMAGENET1K_V1
-    assert fetched == [(weights.url, weights.url.split("-")[1].split(".")[0])]
-    for lost in ("features.1.", "features.3.") if backbone == "vgg16" else ("bn1.", "layer4.1.conv2."):
-        torch.save({k: v for k, v in old.items() if not k.startswith(lost)}, tmp_path / "broken.pth")
+        assert {k.rsplit(".", 1)[0] if backbone == "vgg16" else k[:6] for k in anew} == expected
+    url = published.IMAGENET1K_V1.url
+    assert fetched == [(url, url.split("-")[1].split(".")[0])]
+    for lost in lost_layers:
+        torch.save({k: v for k, v in old.items() if not k.startswith(lost)}, path)
         with pytest.raises(ValueError, match=f"(?is)missing.*{lost}"):
-            model_of(5, backbone=backbone, weights=str(tmp_path / "broken.pth"))
-
-
-# -------------------------------------------------------------------------------------- recipes and tables
+            model_of(5, backbone=backbone, weights=str(path))
 
 
 def test_sec_4b_every_field_of_every_recipe():
@@ -431,27 +349,23 @@ def test_sec_4b_every_field_of_every_recipe():
         image_size=(224, 224), resize=(0, 0), epochs=300, optimizer="sgd", lr=0.1, weight_decay=5e-4,
         schedule="steps", weights="none", mu=1.5, lambda_div=10, channels=3, xi=3, backbone="vgg16",
         loss="tdsa", attention=True, aligned="both",
-    ) | dict(  # the authors' code
-        crop="random", pad=4, interpolation="bilinear", normalize="half", hflip=0.5, batch_size=32,
+        # the authors' code
+        crop="random", pad=4, interpolation="bilinear", normalize="half", hflip=0.5, batch_size=32, amp="off",
         momentum=0.9, milestones=(149 / 300, 224 / 300), diversity="code", mask="batch", upsample="nearest",
-        amp="off",
-    ) | dict(  # neither has any
+        # neither has any
         task="classify", rotate=0, translate=0, zoom=(1, 1), brightness=0, contrast=0, saturation=0, hue=0,
         erasing=0, boxes=False, val_fraction=0, train_split="trainval", crop_banner=False, instances=0,
-        iterations=0, lr_batch=0, warmup=0, label_smoothing=0, drop_path=0, grad_clip=0, accumulate=1,
-        layout="A",
-    )
-    unused = {"crop_area", "crop_ratio", "affine_prob", "jitter_prob", "beta2", "eps", "warmup_lr", "min_lr"}
-    unused |= {"toy_preset", "toy_train", "toy_test"}
-    toy = dict(  # ours
-        backbone="toy", xi=2, image_size=(96, 96), resize=(104, 104), pad=0, batch_size=16, epochs=60,
-        lr=0.05, schedule="onecycle", toy_preset="birds",
-    )
+        warmup=0, iterations=0, lr_batch=0, label_smoothing=0, drop_path=0, grad_clip=0, accumulate=1,
+        layout="A")
+    unused = {"crop_area", "crop_ratio", "affine_prob", "jitter_prob", "beta2", "eps", "warmup_lr", "min_lr",
+              "toy_preset", "toy_train", "toy_test"}
+    toy = dict(backbone="toy", xi=2, image_size=(96, 96), resize=(104, 104), pad=0, batch_size=16, epochs=60,
+               lr=0.05, schedule="onecycle", toy_preset="birds")  # ours
     two = {"xi": 2}  # Table V
     own = {"cub": {}, "aircraft": two, "cars": two, "flowers": {}, "folder": {}, "toy": toy}
     assert set(tdsa.RECIPES) == set(own)
     for name, recipe in tdsa.RECIPES.items():
-        fields = dataclasses.asdict(recipe)
+        fields = asdict(recipe)
         assert {k: fields[k] for k in fields if k not in unused or k in own[name]} == paper | own[name], name
 
 
@@ -463,55 +377,46 @@ def test_sec_4b_the_learning_rate_drops_at_epochs_150_and_225_counted_from_one_a
             assert common.lr_at(CUB, step, 300 * steps, steps) == pytest.approx(lr)
 
 
-CE, MC = {"loss": "ce", "aligned": "none"}, {"loss": "mc", "aligned": "high"}
-LOSSES = {"CE Loss": CE, "MC-Loss": MC, "TDSA-Loss": {}}
-MODULES = {"CE Loss": CE, "MC-Loss": MC, "TDSA-Loss without attention": {"attention": False}, "TDSA-Loss": {}}
-XI = {f"xi = {xi}": {"xi": xi} for xi in range(1, 6)}
-UPSAMPLE = {mode: {"xi": 1, "upsample": mode} for mode in ("nearest", "bicubic", "bilinear")}
-PAPER = {  # rows, backbone, the columns CUB-200-2011, FGVC-Aircraft, Stanford Cars, Flowers-102
-    "2": (LOSSES, {}, "28.53 65.98 72.77", "82.90 89.20 89.57", "76.59 90.85 92.29", "40.90 83.23 88.74"),
-    "3": (LOSSES, {"backbone": "resnet18"},
-          "45.70 59.41 69.24", "79.90 85.57 86.18", "79.12 87.47 90.38", "65.75 79.54 85.34"),
-    "4": (MODULES, {}, "28.53 65.98 69.95 72.77", "82.90 89.20 88.89 89.57", "76.59 90.85 90.61 92.29",
-          "40.90 83.23 85.81 88.74"),
-    "5": (XI, {}, "71.06 72.12 72.77 72.76 72.58", "88.82 89.57 89.21 89.00 88.76",
-          "91.68 92.29 92.08 91.37 91.94", "87.14 87.81 88.74 88.26 87.60"),
-    "6": (XI, {"backbone": "resnet18"}, "65.25 68.72 69.24 69.12 68.72", "84.65 86.18 86.09 85.55 85.87",
-          "88.37 90.38 89.70 89.08 89.36", "82.86 84.34 85.34 85.32 83.78"),
-    "7": (UPSAMPLE, {}, "73.33 72.82 73.03"),
-    "8": (UPSAMPLE, {"backbone": "resnet18"}, "65.66 65.50 65.33"),
-}
-
-
 def test_tables_2_to_8_row_by_row_from_the_paper():
-    wanted = {}
-    for number, (rows, backbone, *columns) in PAPER.items():
+    losses, less = {"CE Loss": CE, "MC-Loss": MC, "TDSA-Loss": {}}, "TDSA-Loss without attention"
+    modules = {"CE Loss": CE, "MC-Loss": MC, less: {"attention": False}, "TDSA-Loss": {}}
+    xi = {f"xi = {xi}": {"xi": xi} for xi in range(1, 6)}
+    upsample = {mode: {"xi": 1, "upsample": mode} for mode in ("nearest", "bicubic", "bilinear")}
+    paper = {  # rows, and a column for CUB-200-2011, FGVC-Aircraft, Stanford Cars, Flowers-102
+        "2": (losses, "28.53 65.98 72.77", "82.90 89.20 89.57", "76.59 90.85 92.29", "40.90 83.23 88.74"),
+        "3": (losses, "45.70 59.41 69.24", "79.90 85.57 86.18", "79.12 87.47 90.38", "65.75 79.54 85.34"),
+        "4": (modules, "28.53 65.98 69.95 72.77", "82.90 89.20 88.89 89.57", "76.59 90.85 90.61 92.29",
+              "40.90 83.23 85.81 88.74"),
+        "5": (xi, "71.06 72.12 72.77 72.76 72.58", "88.82 89.57 89.21 89.00 88.76",
+              "91.68 92.29 92.08 91.37 91.94", "87.14 87.81 88.74 88.26 87.60"),
+        "6": (xi, "65.25 68.72 69.24 69.12 68.72", "84.65 86.18 86.09 85.55 85.87",
+              "88.37 90.38 89.70 89.08 89.36", "82.86 84.34 85.34 85.32 83.78"),
+        "7": (upsample, "73.33 72.82 73.03"), "8": (upsample, "65.66 65.50 65.33")}
+    toy = {"cross-entropy": CE, "MC-Loss": MC, "TDSA-Loss": {}, "MC-Loss on both maps, without attention":
+           {"attention": False}, "MC-Loss without its diversity term": MC | {"lambda_div": 0}}
+    wanted = {"toy": ("toy", "top1", [(*row, None) for row in toy.items()]),
+              "baseline": ("cub", "top1", [(name, toy[name], paper) for name, paper in (
+                  ("cross-entropy", 28.53), ("MC-Loss", 65.98), ("TDSA-Loss", 72.77))])}
+    for number, (rows, *columns) in paper.items():
+        backbone = R18 if number in "368" else {}
         for data, column in zip(("cub", "aircraft", "cars", "flowers"), columns):
             values = map(float, column.split())
-            rest = [(name, backbone | changes, paper) for (name, changes), paper in zip(rows.items(), values)]
+            rest = [(name, backbone | changes, value) for (name, changes), value in zip(rows.items(), values)]
             wanted[number if data == "cub" else f"{number}-{data}"] = (data, "top1", rest)
-    ours = [("cross-entropy", CE, 28.53), ("MC-Loss", MC, 65.98), ("TDSA-Loss", {}, 72.77)]
-    toy = {"cross-entropy": CE, "MC-Loss": MC, "TDSA-Loss": {}} | {
-        "MC-Loss on both maps, without attention": {"attention": False},
-        "MC-Loss without its diversity term": MC | {"lambda_div": 0},
-    }
-    wanted["baseline"] = ("cub", "top1", ours)
-    wanted["toy"] = ("toy", "top1", [(*row, None) for row in toy.items()])
     found = {key: (t.data, t.metric, sorted(t.rows, key=str)) for key, t in tdsa.TABLES.items()}
     assert found == {key: (*rest, sorted(rows, key=str)) for key, (*rest, rows) in wanted.items()}
-    titles = [tdsa.TABLES[n].title.split(":")[0] for n in PAPER]
+    titles = [tdsa.TABLES[n].title.split(":")[0] for n in paper]
     assert titles == [f"Table {n}" for n in ("II", "III", "IV", "V", "VI", "VII", "VIII")]
 
 
-def test_settings_that_do_not_go_together_are_refused_with_what_to_do():
-    for aligned in ("none", "high"):
-        with pytest.raises(ValueError, match=f"--loss tdsa --aligned {aligned}: use --aligned both, or"):
-            model_of(aligned=aligned)
-    with pytest.raises(ValueError, match="--weights default: only for vgg16 and resnet18"):
-        model_of(weights="default")
-    with pytest.raises(ValueError, match="48 channels do not fit 60 classes.*--aligned both"):
-        model_of(60, loss="mc", aligned="none")
-    for name, wrong in {"channels": 0, "xi": 0, "drop_path": 0.1, "upsample": "random"}.items():
-        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {wrong}"):
-            model_of(**{name: wrong})
+@pytest.mark.parametrize("changes, message", [
+    ({"aligned": "none"}, "--loss tdsa --aligned none: use --aligned both, or"),
+    ({"aligned": "high"}, "--loss tdsa --aligned high: use --aligned both, or"),
+    ({"weights": "default"}, "--weights default: only for vgg16 and resnet18"),
+    ({"classes": 60, "loss": "mc", "aligned": "none"}, "48 channels do not fit 60 classes.*--aligned both"),
+    ({"channels": 0}, "--channels 0"), ({"xi": 0}, "--xi 0"), ({"drop_path": 0.1}, "--drop-path 0.1"),
+    ({"upsample": "random"}, "--upsample random")])
+def test_settings_that_do_not_go_together_are_refused_with_what_to_do(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model_of(**changes)
     assert model_of(channels=1, xi=1).trunk.layer4[0].conv2.out_channels == 4  # the least
