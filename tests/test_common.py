@@ -17,6 +17,7 @@ import common
 
 close = torch.testing.assert_close
 
+
 @dataclasses.dataclass(frozen=True)
 class Small(common.Options):
     rate: float = common.opt(0.5, "a share, 50 % at first", most=1)
@@ -43,6 +44,27 @@ def test_a_field_is_a_typed_flag_and_one_value_stands_for_a_pair():
     parser = argparse.ArgumentParser()
     common.add_options(parser, Small(), shown=lambda f: f.name == "rate")
     assert "a share, 50 % at first [0.5]" in parser.format_help() and "two sides" not in parser.format_help()
+
+
+DEFAULTS = dict(
+    task="classify", image_size=(224, 224), resize=(0, 0), crop="random", crop_area=(0.08, 1.0),
+    crop_ratio=(0.75, 4 / 3), pad=0, interpolation="bilinear", normalize="imagenet", hflip=0.5, rotate=0.0,
+    translate=0.0, zoom=(1.0, 1.0), affine_prob=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+    jitter_prob=1.0, erasing=0.0, boxes=False, val_fraction=0.0, train_split="trainval", crop_banner=False,
+    toy_preset="birds", toy_train=0, toy_test=0, batch_size=32, instances=0, epochs=100, iterations=0,
+    optimizer="sgd", lr=0.1, lr_batch=0, momentum=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
+    schedule="cosine", milestones=(), warmup=0.0, warmup_lr=0.0, min_lr=0.0, label_smoothing=0.0,
+    drop_path=0.0, grad_clip=0.0, accumulate=1, amp="auto", weights="none")
+SHARES = "crop_area hflip translate affine_prob jitter_prob erasing val_fraction momentum beta2 milestones "
+SHARES += "label_smoothing drop_path"
+
+
+def test_what_a_recipe_does_not_say_and_what_it_may_say():
+    assert dataclasses.asdict(common.Recipe()) == DEFAULTS
+    bounds = dict.fromkeys(DEFAULTS, (0, 1e6)) | dict.fromkeys(SHARES.split(), (0, 1)) | {"hue": (0, 0.5)}
+    bounds |= dict.fromkeys(("image_size", "batch_size", "epochs", "accumulate"), (1, 1e6))
+    found = {f.name: (f.metadata["least"], f.metadata["most"]) for f in dataclasses.fields(common.Recipe)}
+    assert found == bounds
 
 
 def test_a_rows_reserved_keys_are_no_overrides_and_by_dataset_deals_the_values():
