@@ -61,6 +61,7 @@ SHARES += "label_smoothing drop_path"
 
 def test_what_a_recipe_does_not_say_and_what_it_may_say():
     assert dataclasses.asdict(common.Recipe()) == DEFAULTS
+    assert common.Recipe(batch_size=3).batch_size == 3
     bounds = dict.fromkeys(DEFAULTS, (0, 1e6)) | dict.fromkeys(SHARES.split(), (0, 1)) | {"hue": (0, 0.5)}
     bounds |= dict.fromkeys(("image_size", "batch_size", "epochs", "accumulate"), (1, 1e6))
     found = {f.name: (f.metadata["least"], f.metadata["most"]) for f in dataclasses.fields(common.Recipe)}
@@ -260,6 +261,8 @@ def test_pages_are_put_together_without_loss_and_a_chart_draws_every_series(monk
     assert [t for _, t in sorted(texts)] == ["loss: nats over epoch 4 to 4", "2.5", "0.5", "one", "two"]
     hot = common.heat(Image.new("RGB", (8, 8)), torch.tensor([[0.0, 1.0]]), strength=1.0)
     assert hot.getpixel((0, 4)) == (12, 10, 60) and hot.getpixel((7, 4)) == (255, 245, 120)
+    above = common.heat(Image.new("RGB", (2, 2), "white"), torch.ones(1, 2), span=(0.0, 0.5))
+    assert above.getpixel((0, 0)) == (255, 249, 180)  # 0.45 of white, 0.55 of the span's most
 
 
 def small_vit(**changes):
