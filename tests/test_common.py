@@ -249,7 +249,7 @@ def test_pages_are_put_together_without_loss_and_a_chart_draws_every_series(monk
     page = common.panels([red, blue], ["r", "b"], height=100)
     assert page.size == (150 + 4 + 150, 122)
     assert page.getpixel((75, 80)) == (255, 0, 0) and page.getpixel((230, 80)) == (0, 0, 255)
-    assert common.headed(red, "title").size == (30, 42)
+    assert common.headed(red, "title").size == (30, 42) and common.panels([red], ["r"]).height == 224 + 22
     plot = lambda **series: np.asarray(common.plot("loss", "epoch", "nats", series, (460, 320)))
     first, second = (ImageColor.getrgb(f"hsl({hue}, 90%, 35%)") for hue in (0, 137))
     chart = plot(a=[(1, 3.0), (2, 1.0)], b=[(1, math.nan), (2, 2.0)], none=[])
