@@ -26,7 +26,7 @@ import torchvision  # noqa: F401, so that the mutants need not
 
 HOME = Path(__file__).resolve().parent.parent
 FIRST = {False: "eq or sec or table or fig", True: "recipe or field or table or row or fig"}  # with --data
-TESTS = {  # which tests answer for a file
+TESTS = {  # which tests answer for a file, those of the contract beside
     "common": ["test_common.py", "test_tdsa.py", "test_dcal.py", "test_vit_fgvc.py", "test_train.py"],
     "data": ["test_data.py", "test_datasets.py", "test_train.py"],
     "train": ["test_train.py", "test_dcal.py", "test_m2former.py"],
@@ -131,7 +131,7 @@ def main(*wanted):
         copy = Path(room) / "copy"
         shutil.copytree(HOME, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__"))
         for name in [name for name in sources if not wanted or any(w.split(":")[0] == name for w in wanted)]:
-            tests = TESTS.get(name, [f"test_{name}.py"]) + ["test_contract.py"] * data
+            tests = TESTS.get(name, [f"test_{name}.py"]) + ["test_contract.py"]
             others = sorted(methods - {name}) if data and name in methods else ()
             for place, new, change in mutants(name, sources[name], data):
                 if f"{name}:{place}".startswith(begins):
