@@ -594,5 +594,6 @@ def test_weight_decay_is_on_matrices_and_kernels_and_not_on_tokens_and_position_
     names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
     decayed, plain = m.param_groups(model, TINY)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    assert {names[id(p)] for p in decayed["params"]} == {"weight"} and all(p.ndim > 1 for p in decayed["params"])
+    assert {names[id(p)] for p in decayed["params"]} == {"weight"}
+    assert all(p.ndim > 1 for p in decayed["params"])
     assert {names[id(p)] for p in plain["params"] if p.ndim > 1} == {"cls_token", "rel_pos_h", "rel_pos_w"}
