@@ -1266,7 +1266,6 @@ def score(split, answers, recipe, model_answers=None):
         result |= look(split, answers, recipe.image_size, right)
         if split.swap:
             result["reliance"] = reliance(split, model_answers)
-        result["lines"] = list(tell(result))
     return result
 
 
@@ -1308,8 +1307,10 @@ def look(split, answers, size, right):
     return result
 
 
-def tell(result):
-    """Lines for the terminal."""
+def tell(result, classes):
+    """Lines for the terminal on what `score` found, where it knows boxes."""
+    if "coverage" not in result:
+        return
     shares = lambda found: ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in found.items())
     yield "coverage: " + shares({"all boxes": result["coverage"]} | result.get("coverage_by_size", {}))
     for name, found in result.get("pointing", {}).items():
@@ -1321,6 +1322,10 @@ def tell(result):
     if "reliance" in result:
         flips = {part: flipped for part, (_, flipped) in result["reliance"].items()}
         yield "reliance, decisions changed by swapping a part: " + shares(flips)
+    weak = sorted(result["per_class"].items(), key=lambda item: item[1][0] / item[1][1])[:5]
+    yield "weakest classes: " + "; ".join(f"{classes[c]} {right}/{n}" for c, (right, n) in weak)
+    pairs = "; ".join(f"{classes[a]} > {classes[b]} {n}x" for a, b, n in result["confused"])
+    yield f"most confused (true > predicted): {pairs or 'none'}"
 
 
 def inside(points, boxes):

@@ -906,14 +906,8 @@ def evaluate_run(flags, recipes, world):
         say(f"{variant}{percentages(row['scores'], 2)}  {row['macs']:.3f} GMACs  {row['ms']:.1f} ms/image")
         if len(row["heads"]) > 1:
             say(f"   heads: {percentages(row['heads'], 2)}")
-        for text in row.get("lines", ()):
+        for text in data.tell(row, row["classes"]):
             say(f"   {text}")
-    first, classes = rows[0], rows[0]["classes"]
-    if "per_class" in first:
-        weak = sorted(first["per_class"].items(), key=lambda item: item[1][0] / item[1][1])[:5]
-        say("   weakest classes: " + "; ".join(f"{classes[c]} {right}/{n}" for c, (right, n) in weak))
-        pairs = "; ".join(f"{classes[a]} > {classes[b]} {n}x" for a, b, n in first["confused"])
-        say(f"   most confused (true > predicted): {pairs or 'none'}")
     path = make_folder(flags.out or flags.run) / "eval.json"
     write_json(path, {"command": flags.command, "run": flags.run, **provenance(world), "rows": rows})
     print(f"written: {path}")

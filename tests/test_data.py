@@ -519,7 +519,9 @@ def test_pointing_counts_centres_in_parts_beside_chance_and_one_place_and_covera
     assert found["pointing"]["signature"] == dict(zip(names, (0.5, 0.5, 0.5, 0.5, 0.25, 1.0)))
     assert found["pointing"]["decoy"] == dict(zip(names, (0.0, 0.25, 0.5, 0.25, 0.125, 0.5)))
     assert found["coverage"] == 32 / 1024 and "coverage_by_size" not in found
-    assert any("signature parts: best 50.0%, all 50.0%, untrained" in line for line in found["lines"])
+    lines = list(data.tell(found, ["tern", "wren"]))
+    assert "signature parts: best 50.0%, all 50.0%, untrained" in lines[1]
+    assert lines[-2:] == ["weakest classes: tern 1/1; wren 1/1", "most confused (true > predicted): none"]
     found = scored(data.Split(["a"], [0]), [[0, 1]], [[[0, 0, 16, 16], [8, 0, 24, 16], [0, 0, 32, 8]]])
     assert found["coverage"] == (24 * 16 + 8 * 8) / 1024
     assert found["coverage_by_size"] == {"16 x 16": 24 * 16 / 1024, "32 x 8": 0.25}
@@ -535,6 +537,8 @@ def test_object_iou_beside_the_best_constant_box_and_object_scale_by_quartiles()
     assert np.allclose(list(found["object_iou"].values()), (np.mean((areas - 0.5) / (areas + 0.5)), constant))
     assert found["scale"] == {"large": 0.0, "medium": 5 / 7, "small": 1.0, "thresholds": [2.0, 6.0]}
     assert found["per_class"] == {0: [6, 9]} and found["confused"] == [[0, 1, 3]]
+    assert list(data.tell(found, "ab"))[-2:] == [
+        "weakest classes: a 6/9", "most confused (true > predicted): a > b 3x"]
 
 
 def test_photos_that_could_not_be_read_do_not_count():
