@@ -42,6 +42,7 @@ ROWS = {  # which two rows of its file a claim compares
     "TNet over the best constant cells": ("TNet, 3 locations", "the three best constant cells"),
     "TNet, per-feature": ("TNet, 3 locations", "without per-feature regularisation"),
     "MC-Loss over cross-entropy": ("MC-Loss", "cross-entropy"), "TDSA over MC-Loss": ("TDSA-Loss", "MC-Loss"),
+    "TDSA: its attention": ("TDSA-Loss", "MC-Loss on both maps, without attention"),
     "DCAL over the plain ViT": ("Ours", "Baseline"), "multi-stage ViT: the object again": ("a, b", "a"),
     "multi-stage ViT: parts on top": ("a, b, c", "a, b"), "MSPS over MViTv2": ("MSPS", "plain MViTv2"),
     "M2Former, all over MSPS": ("all", "MSPS"),
