@@ -549,7 +549,7 @@ def test_figures_of_two_runs_stand_side_by_side_and_their_curves_in_one_chart(tr
                     for name in ("headed", "plot"))
     assert run("figures", trained, "--images 1") == run("figures", trained, trained, "--images 1") == 0
     one, two = (Image.open(folder / "figures/test00000.png") for folder in (trained, trained.parent))
-    assert two.width > 1.9 * one.width
+    assert two.width > 1.9 * one.width and two.height == one.height + 22  # under the name of its run
     model, classes, recipe = train.load(trained)
     split = data.load("toy", None, recipe).test
     image = train.to_model(data.Photos(split, recipe)[0][0][None], recipe, "cpu")
