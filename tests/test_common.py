@@ -12,10 +12,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageColor, ImageDraw
 from torch import nn
+from torch.testing import assert_close
 
 import common
-
-close = torch.testing.assert_close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +175,7 @@ def test_heads_may_differ_and_nothing_else(tmp_path):
     others = {"head.weight": torch.zeros(9, 2), "head.extra": torch.zeros(1)}
     common.load_state(model, state | others, ("head.",))
     fits = ["body.weight", "body.bias", "head.bias"]
-    close([model.state_dict()[k] for k in fits], [state[k] for k in fits], rtol=0, atol=0)
+    assert_close([model.state_dict()[k] for k in fits], [state[k] for k in fits], rtol=0, atol=0)
     lacking = {k: v for k, v in state.items() if k != "body.weight"}
     surplus, other = state | {"tail": torch.zeros(1)}, state | {"body.bias": torch.zeros(9)}
     for wrong, name in (lacking, "body.weight"), (surplus, "tail"), (other, "body.bias"):
@@ -203,7 +202,7 @@ def test_normalize_is_torchvisions_and_to_pil_its_inverse():
     known = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": (half, half)}
     for how, mean_std in known.items():
         expected = torchvision.transforms.functional.normalize(images / 255, *mean_std)
-        close(common.normalize(images, how), expected, rtol=0, atol=1e-5)
+        assert_close(common.normalize(images, how), expected, rtol=0, atol=1e-5)
         assert np.array_equal(common.to_pil(expected[1], how), images[1].permute(1, 2, 0))
 
 
@@ -303,7 +302,7 @@ def test_the_vit_equals_torchvisions_with_the_same_weights(tmp_path):
     common.load_vit(ours, tmp_path / "vit_b_16.pth")
     ours.head.load_state_dict(theirs.heads.head.state_dict())
     assert theirs(images).std() > 0.1
-    close(ours(images), theirs(images), rtol=0, atol=1e-5)
+    assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("file", "google.npz wrapped.npz deit.pth wrapped.pth distilled.pth run".split())
@@ -352,7 +351,7 @@ def test_position_embeddings_of_equal_grid_stay_and_others_keep_the_class_row_an
     for mode, atol in (("bilinear", 1e-6), ("bicubic", 0.12)):
         out = common.resize_pos_embed(ramp, (16, 8), mode)[0]
         assert out[0].tolist() == [9, 9]
-        close(out[1:], torch.cartesian_prod(rows, columns), rtol=0, atol=atol)
+        assert_close(out[1:], torch.cartesian_prod(rows, columns), rtol=0, atol=atol)
 
 
 def test_position_embeddings_of_another_grid_of_the_same_number_are_resized_not_scrambled(tmp_path):
@@ -407,9 +406,9 @@ def test_macs_of_a_linear_layer_a_convolution_and_attention():
 def test_eq2_rollout_is_the_product_of_the_layers_with_their_residuals_deepest_on_the_left():
     first = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.4, 0.4, 0.2]])
     second = torch.tensor([[0.6, 0.1, 0.3], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
-    close(common.rollout([first, second])[0], torch.tensor([0.5125, 0.2750, 0.2125]))
+    assert_close(common.rollout([first, second])[0], torch.tensor([0.5125, 0.2750, 0.2125]))
     e = torch.eye(3)
-    close(common.rollout([first, second]), (0.5 * second + 0.5 * e) @ (0.5 * first + 0.5 * e))
+    assert_close(common.rollout([first, second]), (0.5 * second + 0.5 * e) @ (0.5 * first + 0.5 * e))
 
 
 @pytest.mark.parametrize("fusion", ["mean", "max", "min"])
@@ -417,8 +416,8 @@ def test_eq2_the_class_row_as_a_chain_of_vector_products_is_row_0_of_the_matrix_
     pairs = [tuple(torch.randn(2, 2, 3, 10, 4)) for _ in range(11)]
     whole = common.rollout([common.attention_weights(q, k, fusion).double() for q, k in pairs])
     row = common.cls_rollout(pairs, fusion)
-    close(row.double(), whole[:, 0], rtol=0, atol=1e-6)
-    close(row.sum(-1), torch.ones(2), rtol=0, atol=1e-6)
+    assert_close(row.double(), whole[:, 0], rtol=0, atol=1e-6)
+    assert_close(row.sum(-1), torch.ones(2), rtol=0, atol=1e-6)
     assert row[:, 0].min() >= 0.5**11 and not torch.allclose(row, common.cls_rollout(pairs[::-1], fusion))
 
 
@@ -427,7 +426,7 @@ def test_attention_weights_are_the_softmax_of_the_scaled_products_fused_over_the
     literal = np.exp(np.einsum("bhid,bhjd->bhij", q, k) / 2)
     literal = literal / literal.sum(3, keepdims=True)
     for fusion, fused in (("mean", literal.mean(1)), ("max", literal.max(1)), ("min", literal.min(1))):
-        close(common.attention_weights(q, k, fusion), torch.from_numpy(fused).float())
+        assert_close(common.attention_weights(q, k, fusion), torch.from_numpy(fused).float())
 
 
 def test_the_rollout_keeps_no_attention_matrix_for_the_backward_pass_and_stays_in_fp32():

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 import common
 import dcal
-
-close = torch.testing.assert_close
 
 
 def tiny(task="classify", depth=12, classes=5, **switches):
@@ -54,7 +53,7 @@ def test_eq4_pwca_is_one_softmax_over_the_tokens_of_both_images():
     for at in np.ndindex(2, 3, 4):  # image, head, query
         keys, values = (torch.cat([x[at[:2]], y[at[:2]]]) for x, y in ((k1, k2), (v1, v2)))
         scores = torch.exp(keys @ q1[at] / math.sqrt(5))
-        close(out[at], scores @ values / scores.sum())
+        assert_close(out[at], scores @ values / scores.sum())
 
 
 @pytest.mark.parametrize("T", [12, 3, 2])
@@ -67,7 +66,7 @@ def test_fig1_in_the_last_t_blocks_the_distractor_enters_with_its_own_self_atten
         attn = (q1 @ torch.cat([k1, k.flip(0)], 2).mT / 2).softmax(-1)  # d = 4
         x = block(x)
         p = block.finish(p, attn @ torch.cat([v1, v.flip(0)], 2)) if i >= 3 - T else x
-    close(model.encode(images, torch.tensor([1, 0]))["pwca"], model.vit.norm(p[:, 0]))
+    assert_close(model.encode(images, torch.tensor([1, 0]))["pwca"], model.vit.norm(p[:, 0]))
 
 
 def test_sec_3_3_pwca_leaves_parameters_inference_and_the_other_branches_alone():
@@ -120,7 +119,7 @@ def test_eq3_glca_is_cross_attention_of_the_selected_queries_over_all_tokens_the
     local = torch.randn(2, 3, 12, dtype=torch.float64)
     q, (_, k, v) = block.attn.split(block.norm1(local))[0], block.attn.split(block.norm1(tokens))
     expected = block.finish(local, (q @ k.mT / math.sqrt(4)).softmax(-1) @ v)
-    close(dcal.global_local_cross_attention(block, local, tokens), expected)
+    assert_close(dcal.global_local_cross_attention(block, local, tokens), expected)
 
 
 @pytest.mark.parametrize("patches, ratio, queries", [
@@ -141,7 +140,7 @@ def test_fig1_with_m_blocks_glca_runs_beside_the_last_m_and_its_keys_are_the_sa_
     local = layers[5 - M][0]  # the output of block L - M: all patches are queries
     for block, (tokens, *_) in zip(model.glca.blocks, layers[5 - M :]):
         local = dcal.global_local_cross_attention(block, local, tokens)
-    close(model.encode(images)["glca"], model.glca.norm(local).mean(1))
+    assert_close(model.encode(images)["glca"], model.glca.norm(local).mean(1))
 
 
 @pytest.mark.parametrize("M", [1, 2])
@@ -151,7 +150,7 @@ def test_sec_3_2_with_class_token_readout_glca_does_not_depend_on_the_chosen_pat
     randomise(literal.eval().glca)
     for change in (dict(local_ratio=0.6), dict(select="random"), dict(select="last")):
         glca = rebuilt(literal, **change).encode(images)["glca"]
-        close(glca, literal.encode(images)["glca"], rtol=0, atol=1e-12)
+        assert_close(glca, literal.encode(images)["glca"], rtol=0, atol=1e-12)
         for depends in (dict(glca_readout="mean"), dict(kv="local")):
             a, b = rebuilt(literal, **depends), rebuilt(literal, **depends, **change)
             assert not torch.allclose(a.encode(images)["glca"], b.encode(images)["glca"])
@@ -160,7 +159,7 @@ def test_sec_3_2_with_class_token_readout_glca_does_not_depend_on_the_chosen_pat
         model = rebuilt(literal, local_queries=queries)
         (loss := model(images, targets)[0]).backward()
         gradients.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-    close(*gradients, rtol=1e-9, atol=1e-12)
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_sec_4_4_local_keys_are_the_selected_tokens_own_and_the_last_layer_alone_may_select():
@@ -169,7 +168,7 @@ def test_sec_4_4_local_keys_are_the_selected_tokens_own_and_the_last_layer_alone
     last = common.attention_weights(*layers[2][1:3])[:, 0]
     for select, row in (("rollout", dcal.class_rollout(layers[:3])), ("last", last)):
         local = model.glca.blocks[0](common.take(layers[3][0], dcal.select_local(row, 0.3)))
-        close(rebuilt(model, select=select).encode(images)["glca"], model.glca.norm(local)[:, 0])
+        assert_close(rebuilt(model, select=select).encode(images)["glca"], model.glca.norm(local)[:, 0])
 
 
 def test_sec_4_1_the_total_is_the_weighted_sum_of_the_branches_and_a_single_branch_is_not_weighted():
@@ -200,7 +199,7 @@ def test_sec_4_1_each_branch_learns_the_target_of_the_first_image():
     heads = {"sa": model.head, "glca": model.glca_head, "pwca": model.head}
     logits = {name: head(features[name]) for name, head in heads.items()}
     for name in heads:
-        close(terms[name], F.cross_entropy(logits[name], targets).float())
+        assert_close(terms[name], F.cross_entropy(logits[name], targets).float())
     right = common.fuse([logits["sa"], logits["glca"]]).argmax(1) == targets
     assert terms["top1"] == right.float().mean()
     assert "pwca" not in model.eval()(images[:1], targets[:1])[1]  # evaluation needs no pairs
@@ -211,25 +210,26 @@ def test_sec_4_1_inference_adds_the_probabilities_and_sec_4_6_one_branch_uses_it
     nn.init.normal_(model.glca_head.weight)
     heads = model.heads(images)
     assert list(heads) == ["sa", "glca", "both"]
-    close(2 * heads["both"].exp(), heads["sa"].softmax(1) + heads["glca"].softmax(1))
+    assert_close(2 * heads["both"].exp(), heads["sa"].softmax(1) + heads["glca"].softmax(1))
     for infer in heads:
-        close(rebuilt(model, infer=infer)(images), heads[infer])
+        assert_close(rebuilt(model, infer=infer)(images), heads[infer])
     plain = tiny(depth=3, glca=False, pwca=False).eval()
     assert list(plain.heads(images)) == ["sa"]
     assert common.count_macs(rebuilt(model, infer="sa"), images) == common.count_macs(plain, images)
-    close(plain(images), plain.head(plain.vit.norm(plain.vit.features(images))[:, 0]).float())
+    assert_close(plain(images), plain.head(plain.vit.norm(plain.vit.features(images))[:, 0]).float())
     model = tiny("reid", depth=3).eval()  # class tokens before the neck, side by side, together of length one
     nn.init.normal_(model.glca.norm.weight)
     sa, glca = model.encode(images).values()
-    close(model(images), F.normalize(torch.cat([sa, glca], 1).float()))
-    close(rebuilt(model, infer="sa")(images), F.normalize(sa.float()))
+    assert_close(model(images), F.normalize(torch.cat([sa, glca], 1).float()))
+    assert_close(rebuilt(model, infer="sa")(images), F.normalize(sa.float()))
 
 
 def test_sec_4_1_reid_learns_by_cross_entropy_and_the_farthest_positive_against_the_nearest_negative():
     features, ids = torch.randn(12, 6), torch.arange(12) // 4
     far, same = torch.cdist(features, features), ids[:, None] == ids
     margins = [far[a][same[a]].max() - far[a][~same[a]].min() for a in range(12)]
-    close(dcal.triplet_loss(features, ids), torch.stack(margins).exp().log1p().mean(), rtol=1e-4, atol=0)
+    literal = torch.stack(margins).exp().log1p().mean()
+    assert_close(dcal.triplet_loss(features, ids), literal, rtol=1e-4, atol=0)
     same = torch.ones(4, 6, requires_grad=True)
     dcal.triplet_loss(same, torch.tensor([0, 0, 1, 1])).backward()
     assert same.grad.isfinite().all()  # no infinite slope at distance 0
@@ -261,7 +261,7 @@ def test_fig3_pair_rollout_is_the_class_row_of_the_product_over_the_tokens_of_bo
                 q1, k1 = pair_layers[depth]
                 rows = common.attention_weights(q1, torch.cat([k1, k.flip(0)], 2))
             whole.append(torch.cat([rows[b], F.pad(sa[1 - b], (9, 0))]))
-        close(torch.cat([own[b], other[b]]), common.rollout(whole)[0])
+        assert_close(torch.cat([own[b], other[b]]), common.rollout(whole)[0])
 
 
 def test_where_gives_the_patches_of_the_highest_rollout_over_the_blocks_before_glca_row_by_row():
@@ -270,7 +270,8 @@ def test_where_gives_the_patches_of_the_highest_rollout_over_the_blocks_before_g
     row = common.rollout([common.attention_weights(q, k) for _, q, k, _ in layers[:10]])[:, 0, 1:]
     best, patches = (x[:, :4] for x in row.sort(1, descending=True))
     y, x = patches // 2 * 8, patches % 2 * 8  # two columns of 8 pixels
-    close(model.where(images), (torch.stack([x, y, x + 8, y + 8], -1).float(), best), rtol=1e-4, atol=0)
+    boxes = torch.stack([x, y, x + 8, y + 8], -1).float()
+    assert_close(model.where(images), (boxes, best), rtol=1e-4, atol=0)
 
 
 def test_fig3_and_fig4_draw_the_rollout_the_patches_and_the_pair(monkeypatch):
@@ -283,11 +284,11 @@ def test_fig3_and_fig4_draw_the_rollout_the_patches_and_the_pair(monkeypatch):
     assert len(pages) == 3 and pages[0].height == 448 + 22  # persons are twice as high as wide
     _, layers = model.sa_branch(images)
     own, other = dcal.pair_rollout(layers, model.pwca_branch(layers, partner)[1], partner)
-    close(torch.stack(boxes), model.where(images)[0])
+    assert_close(torch.stack(boxes), model.where(images)[0])
     for i in range(3):
         (photo, sa, _), (same, a, on_own), (distractor, b, on_other) = maps[3 * i : 3 * i + 3]
         rows = torch.stack([dcal.class_rollout(layers), own, other])[:, i, 1:]
-        close(torch.stack([sa, a, b]).flatten(1), rows)  # all blocks, the class tokens left out
+        assert_close(torch.stack([sa, a, b]).flatten(1), rows)  # all blocks, the class tokens left out
         assert same is photo and distractor.tobytes() == common.to_pil(images[(i + 1) % 3], "half").tobytes()
         top = a.quantile(0.98)  # the distractor is as bright only where it gets as much
         spans = (a.quantile(0.02), top), (b.quantile(0.02), max(top, b.quantile(0.98)))
@@ -304,13 +305,14 @@ def test_sec_4_1_the_hybrid_stem_standardises_its_kernels_and_pads_like_tensorfl
         nn.init.normal_(conv.weight, mean=3.0, std=2.0)
         w = conv.weight - conv.weight.mean((1, 2, 3), True)
         w = w / (w.square().mean((1, 2, 3), True).sqrt() + 1e-5)
-        close(conv(x), F.conv2d(F.pad(x, pad * 2), w, stride=stride), rtol=1e-4, atol=1e-4)
+        assert_close(conv(x), F.conv2d(F.pad(x, pad * 2), w, stride=stride), rtol=1e-4, atol=1e-4)
     block = dcal.Bottleneck(64, 256, 2)
     y = F.relu(block.norm2(block.conv2(F.relu(block.norm1(block.conv1(x))))))
-    close(block(x), F.relu(block.norm3(block.conv3(y)) + block.downsample.norm(block.downsample.conv(x))))
+    shortcut = block.downsample.norm(block.downsample.conv(x))
+    assert_close(block(x), F.relu(block.norm3(block.conv3(y)) + shortcut))
     assert (block.norm1.eps, block.norm1.num_groups, block(x).shape) == (1e-6, 32, (1, 256, 4, 4))
     stem, x = dcal.ResNetStem(), torch.randn(1, 3, 32, 48)
-    close(stem(x), stem.stages(F.max_pool2d(F.pad(F.relu(stem.stem(x)), (0, 1, 0, 1)), 3, 2)))
+    assert_close(stem(x), stem.stages(F.max_pool2d(F.pad(F.relu(stem.stem(x)), (0, 1, 0, 1)), 3, 2)))
     assert stem(x).shape == (1, 1024, 2, 3) and [len(stage.blocks) for stage in stem.stages] == [3, 4, 9]
     # Google's names become timm's
     vit, stem = count("cub", 9, backbone="r50_vit_base", image_size=(64, 64)).vit, "patch_embed.backbone."
@@ -447,7 +449,7 @@ def test_sec_4_1_what_a_built_model_starts_from_and_how_its_parameters_are_train
         assert head.weight.std().item() == pytest.approx(0.02, rel=0.05) and (head.bias == 0).all()
     assert model.log_vars.tolist() == [0, 0, 0] and model.glca.blocks[0].drop_path.p == 0.1
     for mine, theirs in ((model.glca.blocks[0], model.vit.blocks[-1]), (model.glca.norm, model.vit.norm)):
-        close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     neck = dcal.build(recipe("msmt17", backbone="toy_vit"), 751).head
     assert neck.classifier.weight.std().item() == pytest.approx(0.001, rel=0.05)
     assert not neck.norm.bias.requires_grad and neck.classifier.bias is None
@@ -468,7 +470,7 @@ def test_glca_starts_from_the_last_block_of_a_plain_run_and_from_its_own_of_a_ru
         nn.init.normal_(p, std=0.1)
     common.save_checkpoint(tmp_path / "last.pt", run | {"model": trained.state_dict()})
     tuned = dcal.build(both, 7)
-    close(tuned.glca.blocks[0].state_dict(), trained.vit.blocks[-1].state_dict(), rtol=0, atol=0)
+    assert_close(tuned.glca.blocks[0].state_dict(), trained.vit.blocks[-1].state_dict(), rtol=0, atol=0)
     nn.init.normal_(tuned.glca.norm.weight)
     common.save_checkpoint(tmp_path / "last.pt", run | {"model": tuned.state_dict()})
     assert torch.equal(dcal.build(both, 3).glca.norm.weight, tuned.glca.norm.weight)

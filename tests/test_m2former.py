@@ -13,13 +13,13 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 import common
 import data
 import m2former as m
 
-close = torch.testing.assert_close
 TINY = replace(m.RECIPES["toy"], weights="none")  # 64 px, four stages, widths 16 to 128
 CUB = replace(m.CUB, weights="none")
 DIMS = (8, 16, 24, 32)
@@ -107,7 +107,7 @@ def test_sec32_merging_averages_r_by_r_patches_and_what_there_is_at_an_odd_edge(
         assert merged.shape == (2, 3, H, W)
         for y, x in np.ndindex(H, W):
             cell = maps[:, :, r * y : r * y + r, r * x : r * x + r]
-            close(merged[:, :, y, x], cell.mean((2, 3)))
+            assert_close(merged[:, :, y, x], cell.mean((2, 3)))
 
 
 def test_eq1_to_3_the_k_tokens_with_the_highest_channel_mean_are_gathered_and_alone_get_gradients():
@@ -135,7 +135,7 @@ def test_eq5_class_token_transfer_is_two_linear_layers_with_batch_norm_and_relu(
     norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
     hidden = x @ first.weight.T + first.bias - norm.running_mean
     hidden = hidden / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
-    close(ctt(x), hidden.clamp(min=0) @ last.weight.T + last.bias)
+    assert_close(ctt(x), hidden.clamp(min=0) @ last.weight.T + last.bias)
     assert len(first.bias) == 12 and len(m.ClassTokenTransfer(16, 6, "mlp1").state_dict()) == 2  # one layer
 
 
@@ -150,7 +150,7 @@ def test_eq4_eq6_table7_where_the_class_token_of_a_stage_comes_from_and_what_cla
     assert {own.shape[1] for own in expected} == {0 if ctt == "pool" else 1}
     normed = model.norms[1](model.msca[1](model.msca[0](tokens))[1])  # Table 4: blocks follow each other
     feature = normed.mean(1) if ctt == "pool" else normed[:, 0]
-    close(model.heads(photos())["y2"], model.stage_heads[1](feature))
+    assert_close(model.heads(photos())["y2"], model.stage_heads[1](feature))
 
 
 def test_eq8_to_10_channel_cross_attention():
@@ -160,7 +160,7 @@ def test_eq8_to_10_channel_cross_attention():
     C = torch.sigmoid(last(norm(first(D)).clamp(min=0)))
     assert first.weight.shape == (40, 80)
     for out, t, a, b in zip(cca(tokens), tokens, (0, 8, 24, 48), (8, 24, 48, 80)):
-        close(out, t * C[:, None, a:b] + t)
+        assert_close(out, t * C[:, None, a:b] + t)
 
 
 @pytest.mark.parametrize("across", [True, False])
@@ -173,7 +173,7 @@ def test_eq11_to_13_spatial_cross_attention_head_by_head_and_eq6_without_sca_in_
         for c in torch.arange(32).split(4):  # 8 heads
             p = torch.exp(Q[i][..., c] @ keys[..., c].mT / math.sqrt(4))
             heads.append(p / p.sum(2, keepdim=True) @ values[..., c])
-        close(out, sca.out[i](torch.cat(heads, 2)))
+        assert_close(out, sca.out[i](torch.cat(heads, 2)))
 
 
 def test_eq7_a_block_is_cca_then_sca_and_an_ffn_with_pre_norms_and_residuals():
@@ -181,7 +181,7 @@ def test_eq7_a_block_is_cca_then_sca_and_an_ffn_with_pre_norms_and_residuals():
     y = block.cca(tokens)
     a = [t + o for t, o in zip(y, block.sca([norm(t) for norm, t in zip(block.norm_attn, y)]))]
     for i, (out, t) in enumerate(zip(block(tokens), a)):
-        close(out, t + block.ffn[i](block.norm_ffn[i](t)))
+        assert_close(out, t + block.ffn[i](block.norm_ffn[i](t)))
 
 
 ALPHA = {"y1": 0.6, "y2": 0.7, "y3": 0.8, "y4": 0.9, "con": 1.0}
@@ -197,10 +197,10 @@ def test_eq14_to_16_table8_losses_are_summed_with_rising_alpha_and_probabilities
     assert loss.requires_grad and not any(t.requires_grad for t in terms.values())
     for name, alpha in alphas.items():
         soft = torch.full((2, 5), (1 - alpha) / 4).scatter(1, targets[:, None], alpha)
-        close(terms[name], -(soft * logits[name].log_softmax(1)).sum(1).mean())
-    close(loss, sum(terms[name] for name in alphas))
+        assert_close(terms[name], -(soft * logits[name].log_softmax(1)).sum(1).mean())
+    assert_close(loss, sum(terms[name] for name in alphas))
     mean = sum(logits[name].softmax(1) for name in alphas) / len(alphas)
-    close(model(photos()).softmax(1), mean)
+    assert_close(model(photos()).softmax(1), mean)
     assert terms["top1"] == (mean.argmax(1) == targets).float().mean()
 
 
@@ -231,7 +231,7 @@ def test_where_gives_the_selected_cells_in_pixels_coarsest_stage_first():
         y, x = cells // means.shape[2] * side, cells % means.shape[2] * side
         boxes.append(torch.stack([x, y, x + side, (y + side).clamp(max=96)], 2).float())
         scores.append(best)
-    close(model.where(images), (torch.cat(boxes, 1), torch.cat(scores, 1)))
+    assert_close(model.where(images), (torch.cat(boxes, 1), torch.cat(scores, 1)))
     odd = tiny(image_size=(62, 45))  # the last patches reach over the edge, their boxes do not
     assert odd.where(photos(1, 62, 45))[0][0, 0].tolist() == [0, 0, 45, 62]
     assert odd.backbone.blocks[0].attn.rel_pos_w.shape == (2 * 12 - 1, 16)
@@ -250,7 +250,7 @@ def test_figure6_is_the_attention_of_the_best_patch_of_the_coarsest_stage_to_the
     keys = torch.cat([layer(t) for layer, t in zip(block.sca.k, normed)], 1)
     heads = [(keys[..., c] @ query[:, c] / math.sqrt(16)).softmax(1) for c in torch.arange(128).split(16)]
     by_stage = (sum(heads) / 8)[..., 0].split([t.shape[1] for t in tokens], 1)
-    close(model.attention(taps, patches), [row[:, first:] for row in by_stage])
+    assert_close(model.attention(taps, patches), [row[:, first:] for row in by_stage])
 
 
 def test_figures_5_and_6_tint_the_boxes_of_each_stage_by_the_weights_of_figure_6_on_a_dark_photo(monkeypatch):
@@ -268,9 +268,9 @@ def test_figures_5_and_6_tint_the_boxes_of_each_stage_by_the_weights_of_figure_6
     one, two, three = (own[0] for own in boxes)
     w1, w2, _ = (w[0] / w[0].max() for w in model.attention(taps, patches))
     painted, colours, strengths = zip(*calls)
-    close(painted, (three, two, one, three[:1], two, one))
+    assert_close(painted, (three, two, one, three[:1], two, one))
     assert colours == ("red", "red", "red", "red", "orange", "orange")
-    close(strengths, (*map(torch.ones, (2, 4, 12, 1)), w2, w1))
+    assert_close(strengths, (*map(torch.ones, (2, 4, 12, 1)), w2, w1))
     assert captions == ["input", "stage 3", "stage 2", "stage 1",
                         "a patch of stage 3", "its attention, stage 2", "its attention, stage 1"]
     for change in ({"sca": False}, PLAIN, {"stages": (4,)}):  # no attention across stages
@@ -336,10 +336,10 @@ def test_mvitv2_equals_torchvisions_video_mvit_on_one_frame_and_on_a_larger_one(
     large.load_state_dict(m.fit_positions(ours.state_dict(), large.state_dict(), "interpolate"))
     theirs, images, more = torchvision_mvit(ours, *shape, side), *(photos(1, n, n) for n in (side, 2 * side))
     with torch.no_grad():
-        close(ours(images), theirs(images[:, :, None]), atol=1e-5, rtol=1e-5)
+        assert_close(ours(images), theirs(images[:, :, None]), atol=1e-5, rtol=1e-5)
         theirs.pos_encoding.spatial_size = (side // 2, side // 2)
         for model in (ours, large):
-            close(model(more), theirs(more[:, :, None]), atol=1e-5, rtol=1e-5)
+            assert_close(model(more), theirs(more[:, :, None]), atol=1e-5, rtol=1e-5)
 
 
 def attention_inputs(grids, class_token, d):
@@ -368,7 +368,7 @@ def test_both_forms_are_softmax_of_scaled_products_and_queries_times_tables(q_gr
             scores[class_token + i, class_token + j] += q[0, 0, class_token + i] @ row
     for form in (m.attend_folded, m.attend_explicit):
         out = attended(form, (q_grid, k_grid), q, k, v, *tables)
-        close(out[0, 0], scores.softmax(1) @ v[0, 0])
+        assert_close(out[0, 0], scores.softmax(1) @ v[0, 0])
 
 
 def test_attention_is_folded_on_a_cpu_beyond_2_to_the_18_scores(monkeypatch):
@@ -390,7 +390,7 @@ def test_folded_attention_keeps_no_tensor_of_queries_times_keys_for_backward_and
         largest.append(max(sizes))
         gradients.append(torch.autograd.grad(out.pow(2).sum(), inputs))
     assert largest[0] <= 577 * (8 + 40) and largest[1] >= 577 * 401
-    close(*gradients, atol=1e-10, rtol=1e-8)
+    assert_close(*gradients, atol=1e-10, rtol=1e-8)
 
 
 def count(module):
@@ -475,7 +475,7 @@ def test_swins_classification_path_equals_torchvisions_and_microsofts_names_beco
     theirs.load_state_dict(own, assign=True)
     with torch.no_grad():
         features = ours.norm(ours.stages(photos(1, 64, 96))[-1][0].permute(0, 2, 3, 1)).mean((1, 2))
-        close(ours.head(features), theirs(photos(1, 64, 96)))
+        assert_close(ours.head(features), theirs(photos(1, 64, 96)))
     names = {
         "patch_embed.proj.weight": "features.0.0.weight", "patch_embed.norm.bias": "features.0.2.bias",
         "layers.0.blocks.1.norm1.weight": "features.1.1.norm1.weight", "norm.weight": "norm.weight",
@@ -501,7 +501,7 @@ def test_cvts_attention_scales_by_the_whole_width_and_the_class_token_passes_by_
     q, k, v = inputs
     assert len(q) == 16 and len(k) == 1 + 6
     heads = [(q[:, c] @ k[:, c].T / math.sqrt(12)).softmax(1) @ v[:, c] for c in torch.arange(12).split(4)]
-    close(attn(x, (3, 5))[0][0], attn.proj(torch.cat(heads, 1)))
+    assert_close(attn(x, (3, 5))[0][0], attn.proj(torch.cat(heads, 1)))
 
 
 def test_cvt_has_the_official_names_heads_of_64_channels_and_quick_gelu():
@@ -551,9 +551,9 @@ def test_a_whole_m2former_is_loaded_at_another_size_and_other_files_are_refused_
     torch.save({"model": trained.state_dict()}, path)
     model = m.build(replace(TINY, weights=path, image_size=(96, 128)), 5)
     for part in ("msca", "ctt"):
-        close(getattr(model, part).state_dict(), getattr(trained, part).state_dict(), rtol=0, atol=0)
+        assert_close(getattr(model, part).state_dict(), getattr(trained, part).state_dict(), rtol=0, atol=0)
     ours, theirs = (x.backbone.blocks[0].attn.rel_pos_w for x in (model, trained))
-    close(ours, m.resize_rel_pos(theirs, 63))
+    assert_close(ours, m.resize_rel_pos(theirs, 63))
     for state, change, said in (
         (trained.state_dict(), {"ctt": "mlp1"}, "ctt.0.0.weight"),
         (trained.state_dict() | {"backbone.blocks.0.attn.rel_pos_h": torch.zeros(0, 16)}, {}, "rel_pos_h"),

@@ -528,6 +528,15 @@ def test_eval_figures_and_profile_of_each_method_write_their_files(method, room,
     assert json_of("p/profile.json")["classes"] == len(classes)
 
 
+def test_real_birds_are_scored_beside_an_untrained_network_too(room):
+    sets.cub(room)
+    small = "--recipe toy --image-size 32 --resize 32 --batch-size 2 --epochs 1 --workers 0"
+    assert run("--method tdsa --data cub --root .", small, "--out a") == 0 and run("eval a") == 0
+    (row,) = json_of("a/eval.json")["rows"]
+    kinds = {"best", "all", "untrained_best", "untrained_all", "chance", "constant"}
+    assert set(row["pointing"]["signature"]) == kinds and "untrained_mean" in row["object_iou"]
+
+
 def test_re_identification_trains_scores_and_draws_from_a_market_folder(room, capsys):
     sets.people(room / "market")
     flags = "--method dcal --data market1501 --root market --weights none --backbone toy_vit "
