@@ -21,9 +21,6 @@ What Figure 1 settles and the text does not
   blocks 1 to 11, the queries are tokens of block 11, and keys and values are what enters block 12. It is a
   full block (attention and FFN: Table 3's parameters agree), on the selected tokens only (its FLOPs agree),
   and the class token is always a query, in addition to the selected patches.
-- PWCA's keys and values of I2 are those of I2's own SA pass, which gradients reach. The figure draws those of
-  I1, and its queries, as of I1's SA pass too; we let I1 run a second time, through blocks that each mix in
-  those of I2, as Eq. 4 and the distractor maps of Figures 3 and 4 suggest. All T = 12 blocks do (Sec. 4.1).
 
 A finding that a reader should know: the class token's output of GLCA does NOT depend on which patches were
 chosen. Every query attends to the same keys and values on its own, and the norms and the FFN work on one
@@ -48,6 +45,9 @@ before the paper's (two cells do not agree, *):
 everything: on CUB 6.16M, and 7.23 giga multiplications with all local queries.
 
 Where this differs from the paper (what it leaves open; our choice)
+- PWCA's keys and values of I2 are those of I2's own SA pass, which gradients reach. The figure draws those of
+  I1, and its queries, as of I1's SA pass too; we let I1 run a second time, through blocks that each mix in
+  those of I2, as Eq. 4 and the distractor maps of Figures 3 and 4 suggest. All T = 12 blocks do (Sec. 4.1).
 - GLCA's blocks start as copies of the SA blocks beside them, and its final norm as a copy of the ViT's
   (TransReID does so with its branches). Linear heads start from a truncated normal of deviation 0.02.
 - "Adam" with weight decay 0.05 and DeiT's learning-rate rule is AdamW, without decay on biases, norms, tokens

@@ -55,9 +55,9 @@ Without a switch we do as the code, where the paper has:
   - k = 1..|l| in Eq. 3b, with divisor |l|. Code: the context vector (level 1) also makes a prediction, with
     divisor |l| + 1; it has no reward.
   - "a slightly modified version of BagNet-77-lowD". Code: no BatchNorm, biases, leaky ReLU with slope 0.2.
-Without a switch we do not as the code, which we think of no weight:
-  - its crops cover a tenth of an object's box (ImageNet, fMoW), it resizes by one of eight kernels, of which
-    Pillow has six, and adds to brightness where we multiply; its colour jitter has four orders, ours all.
+Without a switch we do not as the code:
+  - its crops cover a tenth of an object's box (ImageNet, fMoW), it resizes by one of eight kernels, we by one
+    of Pillow's six, and it adds to brightness where we multiply; its jitter has four orders, ours all.
   - its birds are normalised to [-1, 1]; torchvision's weights want ImageNet's mean and deviation.
   - its EfficientNet draws new convolutions from a truncated normal distribution, ours is not truncated.
   - its fMoW photos are shrunk beforehand to a shorter side of 1000 pixels, 275 for the baseline at 224.
