@@ -203,14 +203,14 @@ _cub = replace(
 _nabirds = replace(_cub, epochs=100, contrastive=50.0)
 _birds_en = dict(hard_attention=False, backbone_lr=0.05)
 _toy = Recipe(  # a crop shows about half a bird, the low resolution hardly what marks it
-    image_size=(112, 112), toy_preset="birds-easy", pad=8, normalize="half",
+    image_size=(112, 112), toy_preset="birds-easy", normalize="half",
     backbone="small", base_resolution=32, cell=2 / 7, dropout=0.0, lambda_f=0.05, baseline="separate",
     epochs=16, optimizer="adamw", lr=2e-3, schedule="onecycle",
 )
 
 RECIPES = {
     "toy": _toy,
-    "folder": replace(_toy, image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), pad=0, cell=0.25,
+    "folder": replace(_toy, image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), cell=0.25,
                       normalize="imagenet", width=32, base_resolution=56, epochs=60),
     "folder-b0": replace(_cub, locations="3", contrastive=0.0, epochs=60, batch_norm=(1e-5, 0.1)),
     "imagenet": _imagenet,

@@ -527,7 +527,7 @@ CUB = IMAGENET | dict(  # Sec. 5.3
     decay_backbone=False)
 EN = dict(hard_attention=False, backbone_lr=0.05)
 BAGNET = dict(hard_attention=False, dropout=0.625, epochs=175, milestones=(160 / 175,))
-TOY = dict(image_size=(112, 112), toy_preset="birds-easy", pad=8, normalize="half", backbone="small",
+TOY = dict(image_size=(112, 112), toy_preset="birds-easy", normalize="half", backbone="small",
            base_resolution=32, cell=2 / 7, dropout=0.0, lambda_f=0.05, baseline="separate", epochs=16,
            optimizer="adamw", lr=2e-3, schedule="onecycle")
 
@@ -543,7 +543,7 @@ def test_recipes_hold_the_numbers_of_the_paper_and_of_the_authors_code():
     expected = {
         "toy": TOY,
         "folder": TOY | dict(image_size=(224, 224), crop="resized", crop_area=(0.5, 1.0), width=32,
-                             pad=0, cell=0.25, normalize="imagenet", base_resolution=56, epochs=60),
+                             cell=0.25, normalize="imagenet", base_resolution=56, epochs=60),
         "folder-b0": CUB | dict(locations="3", contrastive=0.0, epochs=60, batch_norm=(1e-5, 0.1)),
         "imagenet": IMAGENET, "imagenet-bagnet77": IMAGENET | BAGNET,
         "fmow": FMOW, "fmow-896": FMOW | FMOW_896 | {"weights": "runs/tnet-fmow"},
