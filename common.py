@@ -728,7 +728,7 @@ def cls_rollout(layers, fusion="mean"):
     """
     row = torch.ones(1, 1, device=layers[0][0].device)  # of the deepest layer, the class token's row alone
     for q, k in reversed(layers):
-        weights = attention_weights(q[:, :, : row.shape[1]], k, fusion)  # (B, N, N)
+        weights = attention_weights(q[:, :, : row.shape[1]], k, fusion)  # (B, N, N), of the deepest (B, 1, N)
         share = row / (1 + weights.sum(-1))  # of the rows of (S + E) / sum: E keeps it, S hands it down
         row = (share[..., None] * weights).sum(1)
         row[:, : share.shape[1]] += share

@@ -14,20 +14,24 @@ Where to find it:
   Sec. 3.2  MSPS, Eq. 1-3        merge_patches, select_patches, M2Former.select
   Sec. 3.3  CTT, Eq. 4-6         ClassTokenTransfer, M2Former.class_tokens, M2Former.interact
   Sec. 3.4  MSCA, Eq. 7          MSCA: Eq. 8-10 ChannelCrossAttention, Eq. 11-13 SpatialCrossAttention
-  Sec. 3.5  Eq. 14-16            smooth_cross_entropy, M2Former.forward
+  Sec. 3.5  Eq. 14-16            M2Former.forward, smooth_cross_entropy, M2Former.heads (Eq. 16)
   Figures   4; 5 and 6           figure_4; M2Former.figure, figures_5_6
 
 Where this differs from the paper
   - Maps of an odd size: the last merged row or column averages fewer patches; k is at most the number of
     cells.
-  - The rows of Table 3 without CCA or SCA have no code. Without SCA each stage attends to its own tokens,
-    with the same weights (Eq. 6's MSA). Fewer stages keep their own k and alpha. More MSCA blocks have their
-    own weights. Without class tokens the mean is over normed tokens. All are our reading, and so is
-    everything on Swin-B and CvT-21 (448 pixels for CvT, not stated).
+  - Ablations (Tables 3, 4, 7, 8), of which the authors' code has none. Without SCA each stage attends to its
+    own tokens, with the same weights (Eq. 6's MSA). MSPS alone is one such block, with the class token
+    attached as it is (Eq. 4); the plain backbone learns by cross-entropy. Fewer stages keep their own k and
+    alpha. More MSCA blocks have their own weights. Without class tokens the mean is over normed tokens. All
+    are our reading, and so is everything on Swin-B and CvT-21 (448 pixels for CvT, not stated).
   - Prediction: log(mean of the five softmax outputs); its argmax is that of Eq. 16, its softmax their mean.
   - Table 8's row of TransFG (91.7 large, 91.7 medium, 90.1 small, 91.3 in all) is another method's: not here.
-  - Figures 5 and 6 tint the patches and darken the rest, as the authors' code. Figure 6 shows the best patch
-    of stage 4; the paper, some.
+  - Table 8 parts the objects at the quartiles of the test images; of which images, the paper does not say.
+  - Figures 5 and 6 tint the patches and darken the rest, as the authors' code, in strengths of our own.
+    Figure 6 shows the best patch of stage 4; the paper, some.
+  - Scores (Eq. 2) are taken before any LayerNorm, as in the code; the paper names none. After a fresh one
+    all of them would be zero.
 Where the paper and the authors' code differ
   - k. Paper: {k1..k4} = {6, 18, 54, 162}, in Sec. 4.4.3 with 8 for 18. Code: {162, 54, 18, 6}, as the text
     wants (many small patches), and as 162 > 49 cells. We: code.
@@ -36,22 +40,21 @@ Where the paper and the authors' code differ
   - Eq. 13 has no LayerNorm, residual or FFN (Eq. 4 has the FFN), and no number of heads. Code: a pre-norm
     block with both residuals, 8 heads, d = c_last. Eq. 5, 9, 11 and 13 have no biases, Sec. 3.5 no LayerNorm
     before the classifiers; the code has. We: code.
-  - Scores (Eq. 2) are taken before any LayerNorm, whose output has mean zero. Both of them; worth knowing.
   - Relative positions at 448. Code: the pretrained tables are dropped for new ones. We: interpolated;
     --rel-pos reinit is the code.
   - Warm-up of 500 steps, clipping at 1.0 and stochastic depth are the code's alone. Its scheduler steps
     first, so that update m = 1..10000 has lr(m); ours, m = 0..9999.
   - Code: the best test score of 100 evaluations is kept. We: the last step.
   - BatchNorm (Eq. 5, 9): the code's three GPUs see 6, 6 and 4 images; one process sees all 16. With torchrun
-    each process has its own statistics: two equal one only with --ctt mlp1 --no-cca --drop-path 0.
+    each process has its own statistics, with --accumulate each part: they equal one process, or one part,
+    only without it and without random draws, as with --ctt mlp1 --no-cca --drop-path 0, and not on CvT.
 
   python train.py --method m2former                                     # toy birds, a CPU and some minutes
   python train.py --method m2former --data cub --root DIR               # Table 1
   python train.py table --method m2former --table 3 --data toy --seeds 0,1,2
-  python train.py table --method m2former --table 6 --root DIR \\
-      --row-weights "CvT-21=FILE" --row-weights "CvT-21 MSPS=FILE"      # CvT-21's weights are fetched by hand
-  python -c "import data, m2former as m
-  m.figure_4(data.load('cub', 'DIR', m.CUB).test, data.open_photo).save('figure_4.png')"
+  python train.py table --method m2former --table 6 --root DIR --row-weights "CvT-21=FILE,CvT-21 MSPS=FILE"
+  python -c "import data, m2former as m; m.figure_4(
+      data.load('cub', 'DIR', m.CUB).test, data.open_photo).save('figure_4.png')"
 """
 import math
 from collections import OrderedDict
@@ -77,7 +80,7 @@ BACKBONES = {  # name -> official weights; no hashes are published, L_in1k has o
     "mvitv2_large": f"{MVIT}L_in21k.pyth",
     "mvitv2_toy": "",  # our choice
     "swin_base": f"{SWIN}swin_base_patch4_window12_384_22k.pth",
-    "cvt21": "",  # on Microsoft's OneDrive
+    "cvt21": "",  # on Microsoft's OneDrive, by hand: CvT-21-384x384-IN-22k.pth
 }
 
 # -------------------------------------------------------------------------------------- recipe
@@ -85,7 +88,7 @@ BACKBONES = {  # name -> official weights; no hashes are published, L_in1k has o
 
 @dataclass(frozen=True)
 class Recipe(common.Recipe):
-    """The paper's switches. Tuples begin at the finest stage; three stages use the last of alpha."""
+    """The paper's switches. Tuples begin at the finest stage; of three stages: first of k, last of alpha."""
 
     backbone: str = opt("mvitv2_base", "multi-scale transformer (Sec. 4.2, Table 6)", tuple(BACKBONES))
     rel_pos: str = opt("interpolate", "tables of other sizes; reinit: their code", ("interpolate", "reinit"))
@@ -94,7 +97,7 @@ class Recipe(common.Recipe):
     stages: tuple[int, ...] = opt((1, 2, 3, 4), "stages that select; 1 is the finest (Table 8)", (), 1, 4)
     k: tuple[int, ...] = opt((162, 54, 18, 6), "patches selected in each stage (Eq. 3, Sec. 4.2)", (), 1)
     merge: int = opt(2, "r: r x r patches are averaged before selection (Sec. 3.2)", (), 1)
-    ctt: str = opt("mlp2", "class token: Eq. 5, Eq. 4, none (Table 7)", ("mlp2", "mlp1", "attach", "pool"))
+    ctt: str = opt("mlp2", "class token: Eq. 5, one layer, Eq. 4, none", ("mlp2", "mlp1", "attach", "pool"))
     cca: bool = opt(True, "channel cross-attention (Sec. 3.4.1)")
     sca: bool = opt(True, "spatial cross-attention (Sec. 3.4.2); off: within each stage")
     num_msca: int = opt(1, "blocks of multi-scale cross-attention (Table 4)", (), 1)
@@ -192,7 +195,7 @@ def select_patches(tokens, k):
 
     (B, N, C) -> the tokens (B, k, C) and their numbers (B, k).
     """
-    scores = tokens.float().mean(2)  # Eq. 2; after a LayerNorm all of them would be zero
+    scores = tokens.float().mean(2)  # Eq. 2; after a fresh LayerNorm all of them would be zero
     indices = scores.topk(min(k, tokens.shape[1]), 1).indices
     return common.take(tokens, indices), indices  # Eq. 3
 
@@ -367,9 +370,9 @@ class M2Former(nn.Module):
         return sum(losses.values()), terms | {"top1": (answer.argmax(1) == targets).float().mean()}
 
     def where(self, images):
-        """Selected patches, coarsest stage first: boxes (B, n, 4), mean activations (B, n), falling by stage.
+        """Selected patches, coarsest stage first: boxes (B, n, 4), mean activations (B, n).
 
-        Selection has no weights, so the plain backbone (msps=False) answers too.
+        Activations fall within a stage. Selection has no weights: the plain backbone (msps=False) answers too.
         """
         common.check_images(images, self.recipe.image_size)
         _, patches, boxes = self.select(images)
@@ -487,7 +490,7 @@ def trunc_normal(module):
 
 
 def resize_rel_pos(table, rows):
-    """A table of relative positions, interpolated: (n, d) -> (rows, d); the middle row is distance 0."""
+    """A table of relative positions, interpolated: (n, d) -> (rows, d)."""
     if len(table) == rows:
         return table
     return F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T

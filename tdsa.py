@@ -6,7 +6,8 @@ The idea: a few channels of the last feature map belong to each class. MC-Loss h
 of a class's channels must be enough to tell the class (discriminality), and the channels of one class must
 peak at different places (diversity). TDSA-Loss puts MC-Loss on a middle map as well, which has xi times as
 many channels, after each high-level channel has gated the xi middle ones below it: the head's channel shows
-the beak's where to search. Everything happens in the loss: at test time the network is the plain backbone.
+the beak's where to search. Everything happens in the loss: at test time the network is a plain backbone, its
+last maps as wide as the classes need.
 
 Where to find it:
     Sec. III-A (groups F^1 ... F^S)       class_groups, by_class
@@ -32,7 +33,8 @@ Where the paper and the authors' code differ (the default is the code):
   - The mask of Eq. 3. Code: one for all images of a batch, another for each map. We: mask="batch"; "sample"
     draws one for each image.
   - Eq. 7 for C^h "higher than" C^l: C^l is xi times C^h, and each high-level channel is repeated xi times.
-  - The classifier of F^h is the code's (BatchNorm, 512 units, BatchNorm, ELU, linear); the paper has none.
+  - The classifier of F^h (C in Algorithm 1) is the code's: max pooling, BatchNorm, 512 units, BatchNorm, ELU,
+    linear; the paper does not describe its own.
   - The code knows 3, 6 and 9 channels a class, one size and CUB; the paper xi up to 5 and four datasets.
   - lambda = 10 and mu = 1.5 are the paper's, the code's 15 is their product; its tuner could overwrite
     both. The released MC-Loss has 20 for 15.
@@ -40,21 +42,23 @@ Where the paper and the authors' code differ (the default is the code):
     CUB's 5794 images). We: the last epoch, every image.
 
 Where this differs from the paper (what it leaves open; our choice):
-  - ResNet18: which stages, widths and strides are unpublished; Section V says the fourth and the fifth
-    block. layout="A" has the usual strides (middle 14, high 7); "B": layer4 without stride, as the MC-Loss
-    ResNet18; "C": layer3 without stride, VGG16's 28 and 14.
+  - ResNet18: which stages, widths and strides are unpublished; Section V names the fourth and the fifth block
+    of VGG16. layout="A" has layer3 and layer4 with the usual strides (middle 14, high 7), as all rows of
+    Table III here; "B": layer4 without stride, as the MC-Loss ResNet18; "C": layer3 without stride, VGG16's
+    28 and 14.
   - Cross-entropy has the backbone's own widths, 512 and 512 or 256 and 512, and MC-Loss widens the last map
     only: aligned="none", "high". (The released MC-Loss VGG16 has 600 channels at conv4_3 too, without a loss
     on them: loss="mc", xi=1.) The default, "both", makes the three losses differ in nothing but the loss.
   - A published backbone's channels are no multiple of the classes: the first classes get one channel less
     (as the authors advise for MC-Loss).
-  - Published weights begin a network that is trained from scratch in the paper. Layers whose width follows
-    the number of classes begin anew, like the classifier.
+  - All is trained from scratch, as in the paper. With --weights default, layers whose width follows the
+    number of classes begin anew, like the classifier.
+  - Figure 6 shows the channels of the predicted class, and the middle maps before they are gated.
   - The head pools to the grid that the recipe's image size gives; at 224 it is the code's.
   - Tables V and VII (VI and VIII) disagree for the same setting by 2.3 (0.4) points: different runs.
   - `where` of plain cross-entropy, none of whose channels belongs to a class, is the peak of its class
     activation map (Grad-CAM).
-  - The nine competitor losses of Tables II and III have no published settings and are not here.
+  - The eight other losses of Tables II and III have no published settings and are not here.
 Several processes: BatchNorm's statistics and the masks are each process's own, so that two processes equal
 one only in evaluation.
 
@@ -108,8 +112,8 @@ class Recipe(common.Recipe):
             raise ValueError("--weights default: only for vgg16 and resnet18; use none or a file")
 
 
-# Sec. IV-B; batch size, padded crop, mirror and normalisation are the authors' code, which lets epochs 150 to
-# 224 (counted from 1) run at 0.01.
+# Sec. IV-B; batch size, momentum, padded crop, mirror and normalisation are the authors' code, which lets
+# epochs 150 to 224 (counted from 1) run at 0.01.
 PAPER = Recipe(
     image_size=(224, 224), pad=4, normalize="half", batch_size=32, epochs=300, optimizer="sgd", lr=0.1,
     momentum=0.9, weight_decay=5e-4, schedule="steps", milestones=(149 / 300, 224 / 300), amp="off",

@@ -289,7 +289,7 @@ def test_figure4_by_its_command_shows_objects_of_both_outer_quartiles_and_betwee
     monkeypatch.setattr(data, "load", lambda name, root, recipe: splits)
     monkeypatch.setattr(common, "draw_boxes", lambda photo, own: shown.append(own[:, 2].item() - 5) or photo)
     monkeypatch.setattr(common, "panels", lambda photos, texts: names.append(texts) or panels(photos, texts))
-    exec(re.search(r'python -c "(.*?)"', m.__doc__, re.S)[1].replace("\n  ", "\n"))
+    exec(re.search(r'python -c "(.*?)"', m.__doc__, re.S)[1])
     assert names == [["large"] * 4, ["medium"] * 4, ["small"] * 4]
     assert shown == [180, 170, 160] + [100, 90, 80, 70] + [30, 20, 10]  # from the median of each down
     assert Image.open("figure_4.png").height == 3 * (224 + 22) + 2 * common.GAP
