@@ -372,7 +372,7 @@ class M2Former(nn.Module):
     def where(self, images):
         """Selected patches, coarsest stage first: boxes (B, n, 4), mean activations (B, n).
 
-        Activations fall within a stage. Selection has no weights: the plain backbone (msps=False) answers too.
+        Scores fall within a stage. Selection has no weights: the plain backbone (msps=False) answers too.
         """
         common.check_images(images, self.recipe.image_size)
         _, patches, boxes = self.select(images)
