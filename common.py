@@ -1,6 +1,6 @@
 """What the five methods share: options and recipe, learning rate, weights, pictures, the plain ViT, rollout.
 
-Nothing of ours is imported here; no dataset, and no files but weights.
+Nothing of ours is imported here; no dataset, and no files but weights and fonts.
 """
 import argparse
 import contextlib
@@ -103,8 +103,8 @@ class Recipe(Options):
     crop: str = on_input("random", "of training photos", ("random", "resized", "none"))
     crop_area: tuple[float, float] = chance((0.08, 1.0), "crop=resized: share of the area")
     crop_ratio: tuple[float, float] = on_input((0.75, 4 / 3), "crop=resized: width / height")
-    pad: int = on_input(0, "crop=random: border of zeros on each side, pixels")
-    interpolation: str = on_input("bilinear", "of photos", FILTERS)
+    pad: int = on_input(0, "crop=random: border on each side, pixels; black beyond the photo")
+    interpolation: str = on_input("bilinear", "of photos; random: one of these, in training", FILTERS)
     normalize: str = on_input("imagenet", "half: to [-1, 1]", ("imagenet", "half"))
     hflip: float = chance(0.5, "probability of a mirror image")
     rotate: float = on_input(0.0, "largest rotation, degrees")
@@ -118,7 +118,7 @@ class Recipe(Options):
     jitter_prob: float = chance(1.0, "probability of the colour jitter")
     erasing: float = chance(0.0, "probability of random erasing with noise")
     boxes: bool = on_input(False, "train and test on the object boxes instead of the whole photos")
-    val_fraction: float = chance(0.0, "share of each class cut from train to validate on")
+    val_fraction: float = chance(0.0, "share of each class cut from train to validate (or test) on")
     train_split: str = on_input("trainval", "of Aircraft, Flowers, MSMT17", ("trainval", "train"))
     crop_banner: bool = on_input(False, "Aircraft: cut the copyright banner (the literature does not)")
     toy_preset: str = on_input("birds", "which toy birds are drawn", PRESETS)
@@ -282,9 +282,9 @@ def load_checkpoint(path):
     room = 2 * path.stat().st_size + 2**26  # bytes that its content may take
     try:
         if zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
-            if sum(entry.file_size for entry in archive.infolist()) > room or archive.testzip():
-                raise ValueError("a size or a checksum is wrong")
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > room or archive.testzip():
+                    raise ValueError("a size or a checksum is wrong")
         if path.suffix == ".npz":
             held = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
         else:
@@ -299,7 +299,7 @@ def load_checkpoint(path):
 
 
 def fetch(url, sha256=""):
-    """Download `url` once into torch's hub folder -> the path; `sha256` (a prefix is enough) is checked."""
+    """Download `url` once into torch's hub folder -> the path; its `sha256`, or a prefix, is checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -452,7 +452,7 @@ def plot(title, x_name, y_name, series, size):
     return page
 
 
-# ------------------------------------------------------------------------------------------ the plain ViT
+# ------------------------------------------------------------------------------------------ any model
 
 
 def count_macs(model, images):
@@ -478,13 +478,15 @@ def fuse(logits):
     return torch.stack([x.float().log_softmax(1) for x in logits]).logsumexp(0) - math.log(len(logits))
 
 
+# ------------------------------------------------------------------------------------------ the plain ViT
+
 DEIT, JAX = "https://dl.fbaipublicfiles.com/deit/", "https://storage.googleapis.com/vit_models/imagenet21k/"
 VITS = {  # arguments of VisionTransformer, official weights; deit: of ImageNet-1k, vit: of ImageNet-21k
     "deit_tiny": (dict(dim=192), DEIT + "deit_tiny_patch16_224-a1311bcf.pth"),
     "deit_small": (dict(dim=384), DEIT + "deit_small_patch16_224-cd65a155.pth"),
     "deit_base": (dict(dim=768), DEIT + "deit_base_patch16_224-b5f2ef4d.pth"),
     "vit_base": (dict(dim=768), JAX + "ViT-B_16.npz"),
-    # for small pictures, from scratch; the second costs a third at twice the pixels
+    # for small pictures, from scratch; the second costs a third at twice the side
     "toy_vit": (dict(dim=96, depth=4, heads=4, mlp_ratio=3, patch_size=8, stem="conv"), ""),
     "toy_vit16": (dict(dim=64, depth=2, heads=4, mlp_ratio=3, patch_size=16, stem="conv"), ""),
 }
@@ -630,7 +632,7 @@ RENAMES = (  # Google's .npz and torchvision's vit_b_16 -> timm's names, in this
 
 
 def vit_state(state, renames=()):
-    """Weights of Google's .npz, torchvision, DeiT, timm or a model around a ViT -> timm's names, no heads."""
+    """Weights of Google's .npz, torchvision, DeiT, timm or a model around a ViT -> timm's names."""
     out = {}
     for key, value in state.items():
         name = key
@@ -657,11 +659,11 @@ def vit_state(state, renames=()):
 def resize_pos_embed(pos_embed, grid, mode, old=()):
     """Position embeddings (1, 1 + gh * gw, C) of a grid `old`, else a square one -> of another grid.
 
-    The class token's row is kept. Raises ValueError when the number of patches is not that of the old grid.
+    The class token's row is kept. Raises ValueError when the patches fill neither the old grid nor a square.
     """
     patches = pos_embed[:, 1:]
     N, side = patches.shape[1], math.isqrt(patches.shape[1])
-    old = old if math.prod(old) == N else (side, side)
+    old = old if old and math.prod(old) == N else (side, side)
     if math.prod(old) != N:
         raise ValueError(f"position embeddings of {N} patches: no known and no square grid")
     patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
@@ -670,7 +672,7 @@ def resize_pos_embed(pos_embed, grid, mode, old=()):
 
 
 def load_vit(model, source, renames=()):
-    """Load pretrained weights into a VisionTransformer, all but its head -> the state_dict in the file.
+    """Load pretrained weights into a VisionTransformer, its head where it fits -> the state_dict in the file.
 
     source: "default" (the official file), a URL, DeiT's or timm's .pth, Google's .npz, torchvision's, a run.
     Anything missing or unexpected beyond heads (and a final norm replaced by nn.Identity) is a ValueError.
@@ -712,7 +714,8 @@ def rollout(attns):
     """Attention rollout (Abnar & Zuidema, ACL 2020; Eq. 2 of DCAL): what of each input reaches a deep token.
 
     Attention matrices (..., N, N), first block first -> their product with the residual paths, 0.5 S + 0.5 E,
-    (..., N, N); rows are divided by their sums, for heads fused by max or min do not sum to one.
+    (..., N, N); rows are divided by their sums, for heads fused by max or min do not sum to one. What the
+    methods run is `cls_rollout`.
     """
     total = eye = torch.eye(attns[0].shape[-1], device=attns[0].device, dtype=attns[0].dtype)
     for attn in attns:
