@@ -328,11 +328,11 @@ class Photos(torch.utils.data.Dataset):
         H, W = recipe.image_size
         need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
         image = decode(image, turn, need)
-        kx, ky = image.width / w, image.height / h  # below 1 where decoding made it smaller
+        k = 1 / round(w / image.width)  # a JPEG may be decoded at 1/2, 1/4 or 1/8, rounded up
         resample = FILTERS[recipe.interpolation]
         if rng and recipe.interpolation == "random":
             resample = Image.Resampling(rng.integers(6))
-        return cut(image, (x1 * kx, y1 * ky, x2 * kx, y2 * ky), (H, W), resample), box
+        return cut(image, (x1 * k, y1 * k, x2 * k, y2 * k), (H, W), resample), box
 
 
 # ------------------------------------------------------------------------------------------- batches

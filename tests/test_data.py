@@ -143,6 +143,15 @@ def test_own_photos_are_turned_as_exif_says_and_benchmarks_are_not(tmp_path, ori
     assert np.array_equal(data.open_photo(tiff), ImageOps.exif_transpose(Image.open(png)))  # not turned twice
 
 
+@pytest.mark.parametrize("width", [125, 200, 300])  # decoded at 1/8, 1/4, 1/2: 126, 251 and 501 pixels
+def test_a_jpeg_that_is_decoded_smaller_is_not_shifted(tmp_path, width):
+    photo = Image.fromarray(np.tile(np.linspace(0, 255, 1001).astype(np.uint8), (801, 1)))
+    paths = [str(save(tmp_path / f"a.{kind}", photo, quality=100)) for kind in ("jpg", "png")]
+    photos = data.Photos(data.Split(paths, None), recipe(image_size=(100, width)))
+    small, exact = (photos[i][0][0, :, -30:-5].float().mean() for i in (0, 1))
+    assert abs(small - exact) < 0.2 * 255 / width  # of the step between two pixels
+
+
 def test_damaged_exif_says_nothing_about_the_photo(tmp_path):
     assert data.open_photo(save(tmp_path / "a.jpg", ramp(), exif=b"Exif\0\0rubbish")).size == (120, 80)
     exif = Image.Exif()
