@@ -156,6 +156,8 @@ class Recipe(Options):
                 raise ValueError(f"--crop-area, --crop-ratio, --zoom: {least} to {most} is no range")
         if self.batch_size % (self.instances or 1) or self.batch_size < self.accumulate:
             raise ValueError("--batch-size: use a multiple of --instances, of at least --accumulate")
+        if self.pad >= min(self.image_size):
+            raise ValueError(f"--pad {self.pad}: some crops would show nothing; stay below --image-size")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the photo to the input and back.
 
 Every random choice is a function of its key: a training photo of (seed, epoch, index), an epoch's order of
 (seed, epoch), a bird of (preset, split, index), a validation cut of the file names. So runs resume exactly,
-with any number of workers or processes.
+with any number of workers.
 """
 import colorsys
 import contextlib
@@ -61,7 +61,6 @@ class Split:
     banner: int = 0  # pixels to cut off the bottom of each photo (Aircraft's copyright line)
     context: bool = False  # recipe.boxes: crop the boxes with fMoW's margin around them
     upright: bool = False  # turn photos as their EXIF says: own photos yes, benchmarks no (as the authors)
-    swap: object = None  # toy: swap(split, part, indices) -> those birds with that part swapped
 
     def __len__(self):
         return len(self.paths)
@@ -81,7 +80,7 @@ class Splits:
     test: Split
     classes: list
     val: Split | None = None
-    note: str = ""  # printed before training: counts and version
+    note: str = ""  # printed before training: counts, and what is not as published
 
 
 # ------------------------------------------------------------------------------------------- photo to input
@@ -117,6 +116,8 @@ def named(path):
     """Whatever goes wrong inside with a photo becomes one message that names it."""
     try:
         yield
+    except MemoryError:  # says nothing about the photo
+        raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         why = str(error) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as a photo ({why}); replace or remove the file") from None
@@ -258,10 +259,10 @@ def augment(image, recipe, rng):
         image = TF.affine(image, angle, shift, zoom, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
     names = [name for name in ("brightness", "contrast", "saturation", "hue") if getattr(recipe, name)]
     if names and rng.random() < recipe.jitter_prob:
-        for k in rng.permutation(len(names)):
-            most, middle = getattr(recipe, names[k]), float(names[k] != "hue")
+        for name in rng.permutation(names):
+            most, middle = getattr(recipe, name), float(name != "hue")
             amount = max(rng.uniform(middle - most, middle + most), middle - 1)
-            image = getattr(TF, f"adjust_{names[k]}")(image, amount)
+            image = getattr(TF, f"adjust_{name}")(image, amount)
     return image
 
 
@@ -353,7 +354,8 @@ def epoch_batches(split, recipe, seed, epoch, rank=0, size=1):
     if recipe.batch_size % unit or not least <= recipe.batch_size <= most or n < parts:
         raise ValueError(
             f"--batch-size {recipe.batch_size} of {n} images does not split over {size} processes with "
-            f"--accumulate {recipe.accumulate}, --instances {K}; take a multiple of {unit}, {least} to {most}"
+            f"--accumulate {recipe.accumulate}, --instances {K}; take a multiple of {unit}, "
+            f"{least} to {most}, and {parts} images or more"
         )
     rng, batch = np.random.default_rng([ORDER, seed, epoch]), min(n, recipe.batch_size)
     if K:
@@ -443,13 +445,14 @@ def load_official(name, root, recipe):
         wrong = f"{base} is damaged or not the official release: {error or type(error).__name__}"
         advice = "unpack the official archive again, or use photos in class folders with --data folder"
         raise ValueError(f"--data {name}: {wrong}; {advice}") from None
-    if found != SETS[name][3:6] and recipe.train_split == "trainval":
-        splits.note += f"; classes, training and test images: {found}, published: {SETS[name][3:6]}"
+    published = SETS[name][3:6]
+    if found != published and 0 not in published and recipe.train_split == "trainval":
+        splits.note += f"; classes, training and test images: {found}, published: {published}"
     return splits
 
 
 def hold_out(split, fraction):
-    """Cut `fraction` of each class -> (rest, cut): by hashes of file names, stable when files are added.
+    """Cut `fraction` of each class -> (rest, cut): by hashes of file names, steady when files are added.
 
     At least one image on each side; the single image of a class stays.
     """
@@ -963,7 +966,7 @@ def download(name, root):
 
 # ------------------------------------------------------------------------------------------- toy birds
 #
-# A bird is some 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move
+# A bird: up to 25 polygons in its own frame (length about 1, facing right, y down): body, head and tail move
 # a little against each other, then all is turned, mirrored, scaled and placed. Six parts have four values
 # each. The values of the signature parts are the class; those of the other two are drawn at random: as easy
 # to see, and worth nothing. The marks of wing and breast cover about the same area, whatever their value, so
@@ -1208,12 +1211,7 @@ def toy_split(paths, size, part=None):
         birds.append(draw_bird(preset, split, int(index), size, *shifts))
     images, labels, boxes, parts, _ = (list(column) for column in zip(*(bird.values() for bird in birds)))
     truth = np.stack(boxes), np.stack(parts), tuple(PARTS), tuple(part in SIGNATURE for part in PARTS)
-    return Split(paths, labels, *truth, images=images, swap=swap_part)
-
-
-def swap_part(split, part, indices):
-    """Toy birds of a split once more, one part of each swapped for another value: counterfactuals."""
-    return toy_split([split.paths[i] for i in indices], len(split.images[0]), part)
+    return Split(paths, labels, *truth, images=images)
 
 
 def load_toy(root, recipe):
@@ -1240,10 +1238,10 @@ def ranked(logits):
 def score(split, answers, recipe, model_answers=None):
     """Answers to a split against the truth -> dict of scores in [0, 1], the headline first.
 
-    answers: "answer" (n, 5) classes from `ranked`, or Re-ID features (n, D); "head NAME" (n,) classes or
-    features; "shown" (n, 4) of Photos; where the model looked, in pixels of the input: "boxes" (n, b, 4),
-    best first, and "untrained boxes", those of random weights. model_answers(split) -> log-probabilities of
-    another split, for the toy's swapped parts.
+    answers: "answer" (n, 5) classes from `ranked` (fewer if there are fewer), or Re-ID features (n, D); "head
+    NAME" (n,) classes or features; "shown" (n, 4) of Photos; where the model looked, in pixels of the input:
+    "boxes" (n, b, 4), best first, and "untrained boxes", those of random weights. model_answers(split) ->
+    log-probabilities of another split, for the toy's swapped parts.
     """
     if "shown" in answers:  # nan: a photo that could not be read
         kept = np.flatnonzero(np.isfinite(answers["shown"][:, 0]))
@@ -1264,7 +1262,7 @@ def score(split, answers, recipe, model_answers=None):
         result["per_class"] = {c: [pairs[c, c], n] for c, n in sorted(Counter(split.labels).items())}
         result["confused"] = [[c, other, n] for (c, other), n in pairs.most_common() if c != other][:10]
         result |= look(split, answers, recipe.image_size, right)
-        if split.swap:
+        if split.images:
             result["reliance"] = reliance(split, model_answers)
     return result
 
@@ -1355,10 +1353,10 @@ def iou(a, b):
 
 def reliance(split, model_answers):
     """One part of 120 birds swapped -> {part: [mean |change of log p(label)|, share of flips]}."""
-    some, result = range(min(120, len(split))), {}
-    labels, before = np.array(split.labels)[some, None], model_answers(split.take(some))
+    some, result = split.take(range(min(120, len(split)))), {}
+    labels, before = np.array(some.labels)[:, None], model_answers(some)
     for part in split.part_names:
-        after = model_answers(split.swap(split, part, some))
+        after = model_answers(toy_split(some.paths, len(some.images[0]), part))
         change = abs(np.take_along_axis(after - before, labels, 1))
         result[part] = [float(change.mean()), (after.argmax(1) != before.argmax(1)).mean()]
     return result

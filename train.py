@@ -84,7 +84,7 @@ MOST_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Flags(common.Options):
-    """How to run: nothing here changes what is learned, but for the seed."""
+    """What to run, and how, which changes nothing that is learned but for the seed and skipped photos."""
 
     method: str = the_run("", f"one of {', '.join(METHODS)}")
     data: str = the_run("toy", f"one of {', '.join(data.DATASETS)}")
@@ -113,7 +113,7 @@ class Flags(common.Options):
     images: int = opt(6, "how many test images", least=1, group="for figures")
     pictures: bool = opt(True, "a picture of each photo", group="for predict")
     profile_batch: int = for_profile(2, "images in a batch", least=1)
-    rounds: int = for_profile(5, "timed rounds, variants in turn", least=1)
+    rounds: int = for_profile(5, "timed rounds, in each all variants in random order", least=1)
     classes: int = for_profile(0, "number of classes; 0: the run's, else 100")
     inference_only: bool = for_profile(False, "leave the training step out")
 
@@ -124,6 +124,7 @@ class Call(Flags):
 
     action: str = opt("train", "what to do", tuple(ACTIONS))
     words: tuple[str, ...] = opt((), "photos of predict, further runs of figures")
+    changed: tuple[str, ...] = opt((), "switches of the recipe that the line names")
     command: str = opt("", "the line itself")
 
 
@@ -198,22 +199,24 @@ def parse(argv):
         raise ValueError(f"{action} takes no {words[0]!r}")
     if action == "predict" and not words:
         raise ValueError("name photos: predict RUN PHOTO_OR_FOLDER ...")
-    if changed and "resume" in given:
-        raise ValueError("--resume goes on with the run's own recipe; --weights DIR starts another from it")
+    if "resume" in given and (changed or {"out", "name", "seed"} & {*given}):
+        raise ValueError("--resume goes on with the run's own recipe, folder, seed; --weights DIR is a start")
     flags = options_of(Flags(), about.get("flags", {}), f"{run}/run.json")
     kept = {key: getattr(flags, key) for key in KEPT}
-    own = dict(method=method, data=name, recipe=chosen, run=run, action=action, words=tuple(words))
-    return Call(**kept | given | own, command=command), variants(recipe, changed, against, switches, action)
+    own = dict(method=method, data=name, recipe=chosen, run=run, action=action)
+    call = Call(**kept | given | own, words=tuple(words), changed=tuple(changed), command=command)
+    return call, variants(recipe, changed, against, switches, action)
 
 
 def without_against(argv):
     """Take every --against FLAGS, whose value looks like a flag, out of a line -> the rest, the values."""
-    rest = [part for word in argv for part in (word.split("=", 1) if word[:10] == "--against=" else [word])]
-    values = []
-    while "--against" in rest:
-        at = rest.index("--against")
-        values += rest[at + 1 : at + 2]
-        del rest[at : at + 2]
+    rest, values, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--against":
+            values.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
     return rest, values
 
 
@@ -239,15 +242,17 @@ def variants(recipe, changed, against, switches, action):
     """The recipes asked for: all combinations of switches with commas, then one for each --against."""
     many = {k: v.split(",") for k, v in changed.items() if isinstance(v, str) and "," in v and k != "weights"}
     if (many or against) and action not in ("eval", "profile"):
-        raise ValueError(f"several values are for eval and profile; {action} takes one of {', '.join(many)}")
+        flags = ", ".join(many) or "--against"
+        raise ValueError(f"several values are for eval and profile, not for {action}: {flags}")
     found = []
     for values in itertools.product(*many.values()):
         one = dict(zip(many, values))
         found.append((" ".join(f"{k}={v}" for k, v in one.items()), replace(recipe, **changed | one)))
     for text in against:
         other, words = switches.read(shlex.split(text))
-        if words:
-            raise ValueError(f"--against {text!r}: unknown argument {words[0]}")
+        if words or not other:
+            problem = f"unknown argument {words[0]}" if words else "name flags of the recipe, quoted"
+            raise ValueError(f"--against {text!r}: {problem}")
         found.append((text, replace(found[0][1], **other)))
     return found
 
@@ -381,7 +386,6 @@ def start(flags):
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     if size > 1:
         meet("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
     return World(device, dist.get_rank() if size > 1 else 0, size)
@@ -572,14 +576,13 @@ def read_checkpoint(path):
     with reading(path):
         if state["method"] not in METHODS:
             raise ValueError(f"unknown method {state['method']!r}")
-        kinds = dict.fromkeys(("recipe", "sums", "model", "optimizer", "scaler"), dict)
-        return checked(state, classes=list, step=int, **kinds)
+        return checked(state, classes=list, step=int, recipe=dict, sums=dict)
 
 
 def check_classes(path, classes, wanted):
     """A checkpoint must know the classes of the data."""
     if classes != wanted:
-        other = ", ".join(sorted(map(str, {*classes} ^ {*wanted}))[:3])
+        other = ", ".join(sorted(map(str, {*classes} ^ {*wanted}))[:3]) or "in another order"
         raise ValueError(f"{path} is of other classes ({other}); use the run's data, or train anew")
 
 
@@ -634,8 +637,8 @@ def say(text):
 
 
 def live_line(text):
-    """On a terminal, one line that is kept up to date."""
-    if sys.stdout.isatty():
+    """On the first process's terminal, one line that is kept up to date."""
+    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
         print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
@@ -692,7 +695,10 @@ def train(flags, recipes, world):
     # 3 data
     splits = load_data(flags, recipe)
     photos = data.Photos(splits.train, recipe, train=True, seed=flags.seed, skip=flags.skip_bad_images)
-    watched = {"val": splits.val} if splits.val else {"test": splits.test}
+    watched = "val" if splits.val else "test"
+
+    def scores_of(name):
+        return {name: evaluate(model, getattr(splits, name), recipe, flags, world)["scores"]}
 
     def batches(epoch):
         return data.epoch_batches(splits.train, recipe, flags.seed, epoch, world.rank, world.size)
@@ -736,20 +742,15 @@ def train(flags, recipes, world):
             if step == steps or (epoch + 1) % flags.eval_every == 0:
                 seed_step(flags.seed, step, world.rank)  # a repeated evaluation draws the same numbers
                 with stop.at_once():
-                    scores = scores_of(model, watched, recipe, flags, world)
+                    scores = scores_of(watched)
             entry = {"step": step, "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
             run.close_epoch(entry, scores, left)
         # 8 report
         with stop.at_once():
-            tested = scores_of(model, {"test": splits.test} if splits.val else {}, recipe, flags, world)
+            tested = scores_of("test") if splits.val else {}
     if run.lead:
-        report(run, tested, *watched)
+        report(run, tested, watched)
     world.sum(np.zeros(1))  # the others wait until all is written
-
-
-def scores_of(model, splits, recipe, flags, world):
-    """The scores of each split."""
-    return {name: evaluate(model, split, recipe, flags, world)["scores"] for name, split in splits.items()}
 
 
 def update(model, optimizer, scaler, batch, recipe, world):
@@ -766,8 +767,10 @@ def update(model, optimizer, scaler, batch, recipe, world):
             try:
                 with autocast(recipe, world.device):
                     loss, terms = model(inputs, targets)
-            except ValueError as error:  # BatchNorm cannot normalise a single image
-                advice = "give each process and part two images: --batch-size, --accumulate"
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                advice = "give each process and part two images: --batch-size, --accumulate"  # of BatchNorm
                 raise FloatingPointError(f"{error}; {advice}") from None
             scaler.scale(loss * share).backward()
         for name, value in {"loss": loss, **terms}.items():
@@ -826,7 +829,7 @@ def answers_of(model, split, recipe, flags, world, question):
         yield indices.numpy(), arrays | {"shown": shown.numpy()}
         done += len(images)
         left = clock((time.perf_counter() - began) / done * (len(mine) - done))
-        live_line(f"{done} of {len(mine)} photos  {left} left" * (world.rank == 0))
+        live_line(f"{done} of {len(mine)} photos  {left} left")
 
 
 def run_over(model, split, recipe, flags, world, question):
@@ -878,10 +881,9 @@ def load(run, device="cpu", recipe=None):
 
 
 @torch.no_grad()
-def scored(run, recipe, flags, world):
-    """A run on its test images under a recipe -> its scores, where it looks, what it costs."""
-    splits, untrained = load_data(flags, recipe), None
-    model, classes, _ = load(run, world.device, recipe)
+def scored(run, recipe, flags, world, splits):
+    """A run on the test images under a recipe -> its scores, where it looks, what it costs."""
+    (model, classes, _), untrained = load(run, world.device, recipe), None
     check_classes(Path(run) / "last.pt", classes, splits.classes)
     if splits.test.parts is not None:  # where an untrained network looks is salience, not knowledge
         with torch.random.fork_rng():
@@ -897,7 +899,11 @@ def scored(run, recipe, flags, world):
 
 def evaluate_run(flags, recipes, world):
     """The eval action -> eval.json."""
-    rows = [{"variant": label} | scored(flags.run, recipe, flags, world) for label, recipe in recipes]
+    rows, held = [], {}
+    for label, recipe in recipes:  # variants of the model alone share the photos
+        inputs = tuple(getattr(recipe, f.name) for f in dataclasses.fields(common.Recipe))
+        held = held if inputs in held else {inputs: load_data(flags, recipe)}
+        rows.append({"variant": label} | scored(flags.run, recipe, flags, world, held[inputs]))
     if world.rank:
         return
     say(f"{flags.method} on {flags.data}, {flags.run}")
@@ -964,12 +970,10 @@ def predict(flags, recipes, world):
 
 def picture_of(path, top, boxes, out):
     """Draw boxes of a photo above bars of its three best classes -> the picture's file name, which is new."""
-    photo = data.open_photo(path)
-    scale = min(1.0, 800 / max(photo.size))
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    photo = photo.resize((width, height), reducing_gap=2)
+    photo = data.open_photo(path, longest=800)
+    height, scale = photo.height, max(photo.size) / max(Image.open(path).size)
     photo = common.draw_boxes(photo, boxes * scale, "123456", width=2 + height // 300)
-    page = Image.new("RGB", (max(360, width), height + 80), "white")
+    page = Image.new("RGB", (max(360, photo.width), height + 80), "white")
     page.paste(photo)
     draw, middle = ImageDraw.Draw(page), page.width // 2
     for n, (name, share) in enumerate(top[:3]):
@@ -991,7 +995,10 @@ def figures(flags, recipes, world):
     out = make_folder(flags.out or beside / "figures")
     if comparable:
         models = [load(run, world.device, None if i else recipes[0][1]) for i, run in enumerate(runs)]
-        splits = [load_data(flags, recipe).test for _, _, recipe in models]
+        splits = [load_data(flags, recipe) for _, _, recipe in models]
+        for run, (_, classes, _), own in zip(runs, models, splits):
+            check_classes(Path(run) / "last.pt", classes, own.classes)
+        splits = [own.test for own in splits]
         n = min(map(len, splits))
         count = min(flags.images, n)
         chosen = [j * n // count + j % (n // count) for j in range(count)]  # spread over split and classes
@@ -1061,7 +1068,7 @@ def peak_memory(work, world):
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on what is held
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return math.nan
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work()
@@ -1192,17 +1199,17 @@ def rows_of(method, flags, base):
 
 def table(flags, recipes, world):
     """The table action: rows over seeds, beside the paper -> results.md, a JSON a row."""
-    recipe, names = recipes[0][1], [flags.method] if flags.method else [*METHODS]
-    names = [name for name in names if flags.method or flags.data in METHODS[name].RECIPES]
+    recipe, having = recipes[0][1], [name for name in METHODS if flags.data in METHODS[name].RECIPES]
+    names = [flags.method] if flags.method else having
     tables = METHODS[names[0]].TABLES
     if not flags.table:
         print("\n".join(f"  {key:12} {one.title} [{one.data}, {one.metric}]" for key, one in tables.items()))
         return
     if flags.table not in tables:
         raise ValueError(f"no table {flags.table!r} of {names[0]}; it has: {', '.join(tables)}")
-    rows, given = [], {k: v for k, v in vars(recipe).items() if v != getattr(common.Recipe(), k, v)}
+    rows, changed = [], {name: getattr(recipe, name) for name in flags.changed}
     for name in names:
-        base = recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **given)
+        base = recipe if flags.method else replace(METHODS[name].RECIPES[flags.data], **changed)
         rows += rows_of(name, flags, base)
     keys, chosen = [row.key for row in rows], [key_of(name) for name in flags.rows]
     unknown = {*chosen, *(key_of(pair.rpartition("=")[0]) for pair in flags.row_weights)} - {*keys}
@@ -1250,7 +1257,8 @@ def finish_row(row, rows, seed, folder, flags, world):
         evaluations = result["evaluations"] = dict(result.get("evaluations", {}))
     key = json.dumps(row.evaluation, sort_keys=True)
     if key not in evaluations:
-        evaluations[key] = scored(run, replace(recipe, **row.evaluation), own, world)
+        seen = replace(recipe, **row.evaluation)
+        evaluations[key] = scored(run, seen, own, world, load_data(own, seen))
         if world.rank == 0:
             write_json(run / "result.json", result)
         world.sum(np.zeros(1))  # the others wait
@@ -1279,9 +1287,9 @@ def line_of(row, results, problem, metrics):
 
 def numbers_of(result):
     """What a table can show of an evaluation, shares in %."""
-    pointing, iou = result.get("pointing", {}).get("signature", {}), result.get("object_iou", {})
-    shares = {"coverage": result.get("coverage", math.nan), "iou": iou.get("mean", math.nan)}
-    shares |= {"pointing": pointing.get("best", math.nan), **result["scores"], **result.get("scale", {})}
+    shares = result["scores"] | result.get("scale", {}) | {"coverage": result.get("coverage")}
+    shares["pointing"] = result.get("pointing", {}).get("signature", {}).get("best")
+    shares["iou"] = result.get("object_iou", {}).get("mean")
     numbers = {name: 100 * share for name, share in shares.items() if isinstance(share, float)}
     return numbers | {name: float(result[name]) for name in ("seconds", "params", "macs", "ms")}
 
@@ -1314,7 +1322,7 @@ def main(argv=None):
         if any(part in str(error) for part in ("DataLoader", "shared memory", "open files")):
             hint = "give fewer --workers, or a larger /dev/shm or ulimit -n"
             return fail(1, f"a process that decodes photos died or went silent; {hint} ({text})")
-        if dist.is_initialized():
+        if isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text):
             return fail(1, f"this process lost the others: {text}")
         raise
     finally:

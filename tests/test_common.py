@@ -85,6 +85,7 @@ def test_a_rows_reserved_keys_are_no_overrides_and_by_dataset_deals_the_values()
     (lambda: Small(marks=(0.1, math.inf)), "--marks inf"),
     (lambda: Small(kind="c"), "--kind c: allowed are a, b"),
     (lambda: common.Recipe(crop_area=(0.5, 0.1)), "0.5 to 0.1 is no range"),
+    (lambda: common.Recipe(pad=8, image_size=(8, 9)), "pad 8: .* show nothing"),
     (lambda: common.Recipe(crop_ratio=(2, 1)), "no range"),
     (lambda: common.Recipe(zoom=(1.2, 0.8)), "no range"), (lambda: common.Recipe(task="reid"), "--task reid"),
     (lambda: common.Recipe(momentum=1.1), "--momentum 1.1"),

@@ -395,6 +395,7 @@ def test_plant_holds_out_a_fifth_of_each_class_as_its_test_labels_are_hidden(tmp
     base = plant(tmp_path / "plant-pathology-2020-fgvc7")
     splits = load("plant", tmp_path)
     assert splits.classes == ["healthy", "multiple_diseases", "rust", "scab"] and "hidden" in splits.note
+    assert "published" not in splits.note, "of the photos that have labels no number is"
     for split, n in ((splits.train, 8), (splits.test, 2)):
         assert [int(Path(p).stem[6:]) % 4 for p in split.paths] == split.labels
         assert np.bincount(split.labels).tolist() == [n] * 4

@@ -226,6 +226,8 @@ WRONG = [  # command line, what the answer says
     ("--method tnet --data folder", "--root"), ("--method tnet --data cub --root empty", "empty"),
     ("--method tnet --data folder --root nowhere", "nowhere"), ("--resume nowhere", "no run folder"),
     ("--resume r --lr 3", "goes on with the run's own recipe"), ("profile", "name a method"),
+    ("--resume r --out x", "own recipe, folder"), ("--resume r --seed 3", "own recipe, folder, seed"),
+    ("--method tnet --against --lr=3", "not for train: --against"), ("eval r --against", "--against ''"),
     ("eval", "python train.py eval RUN"), ("eval runs/x", "python train.py --method tnet makes one"),
     ("eval r --method tnet", "leave --method"), ("figures r nowhere --out new", "nowhere is no run folder"),
     ("predict r", "name photos"), ("predict r nowhere.jpg", "nowhere.jpg"), ("predict r empty", "empty"),
@@ -433,7 +435,7 @@ def test_resume_takes_the_runs_flags_and_refuses_other_classes_and_states(traine
     assert (flags.seed, flags.eval_every, flags.workers, flags.root) == (3, 2, 1, str(photos))
     for split in ("train", "test"):
         (photos / split / "Käse").rename(photos / split / "Wurst")
-    assert "other classes (Käse, Wurst)" in error("eval r")
+    assert "other classes (Käse, Wurst)" in error("eval r") == error("figures r")
     Path("r/result.json").unlink()
     shutil.copy(trained / "run.json", "r")
     wrong = {"sums": None, "model": {}, "step": "x", "method": "vgg", "optimizer": {"state": 3}}
@@ -492,6 +494,17 @@ def test_a_process_that_dies_ends_the_others_and_one_goes_on_from_the_checkpoint
     assert last("r")["step"] == 2 and run("--resume r") == 0 and last("r")["step"] == 6
 
 
+def test_a_fault_of_ours_keeps_its_traceback_and_a_models_its_words(room):
+    mock.patch.object(torch.distributed, "is_initialized", lambda: True).start()
+    mock.patch.object(torch.distributed, "destroy_process_group").start()
+    mock.patch.object(torch.distributed, "barrier").start()
+    with mock.patch.object(train, "load_data", side_effect=RuntimeError("shapes cannot be multiplied")):
+        with pytest.raises(RuntimeError, match="shapes"):
+            run(TINY)
+    with mock.patch.object(train.METHODS["tdsa"].Model, "forward", side_effect=ValueError("targets 0..9")):
+        assert "two images" not in error(TINY)
+
+
 def test_a_taken_port_is_one_line_of_each_process(room):
     """The first one cannot listen; the second meets a program that never answers."""
     with socket.socket() as taken:
@@ -547,7 +560,10 @@ def test_re_identification_trains_scores_and_draws_from_a_market_folder(room, ca
     said = capsys.readouterr().out
     assert f"test mAP {100 * scores['mAP']:.1f}%" in said and scores["skipped"] == 1 and "skipped 1" in said
     assert "skipped 100" not in said, "a number, not a share"
-    assert run("eval a --infer both,sa") == 0 and run("figures a --images 2") == 0
+    loads = []
+    before("load_data", lambda *_: loads.append(1)).start()
+    assert run("eval a --infer both,sa") == 0 and len(loads) == 1, "variants of the model share the photos"
+    assert run("figures a --images 2") == 0
     rows = json_of("a/eval.json")["rows"]
     assert rows[0]["scores"] == scores and [row["variant"] for row in rows] == ["infer=both", "infer=sa"]
     assert "ranks identities" in error("predict a market/query")
@@ -611,6 +627,15 @@ def test_predict_lists_every_photo_skips_the_unreadable_one_and_draws_the_origin
     assert all(p.read_bytes() == content for p, content in before.items()) and (out / "1-4.png").exists()
     assert run("predict", trained, photos / "a", "--out bare --no-pictures") == 0
     assert not list(Path("bare").glob("*.png"))
+
+
+def test_the_picture_of_a_photo_as_large_as_the_network_can_read(trained, room):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("L", (8300, 8200)).save("big.jpg", exif=turned)
+    assert run("predict", trained, "big.jpg --out out") == 0
+    (entry,) = json_of("out/predictions.json")["photos"]
+    assert Image.open("out/big.png").size == (790, 880) and np.array(entry["boxes"]).max() > 4000
 
 
 def test_boxes_of_predict_are_those_of_where_in_pixels_of_the_upright_photo(trained, photos):
@@ -712,7 +737,9 @@ def test_the_baseline_table_without_a_method_has_all_and_each_lists_its_tables(r
         assert all(table.title in said for table in module.TABLES.values())
     mock.patch.object(train, "METHODS", {name: train.METHODS[name] for name in ("dcal", "tdsa")}).start()
     mock.patch.object(data, "reliance", lambda *_: {}).start()
-    assert run("table --table baseline", SMALL, "--toy-train 1 --epochs 1") == 0
+    assert run("table --table baseline", SMALL, "--toy-train 1 --epochs 1 --lr 0.1") == 0
+    kept = [json_of(path)["recipe"]["lr"] for path in Path("runs/table-all-baseline-toy").glob("*/run.json")]
+    assert {*kept} == {common.Recipe().lr}, "a flag holds for all, also one of the default's value"
     names = [f"{method}: {row}" for method, module in train.METHODS.items()
              for row, *_ in module.TABLES["baseline"].rows]
     assert [row.rpartition(" (")[0] for row in results("runs/table-all-baseline-toy")] == names
