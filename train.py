@@ -68,7 +68,7 @@ ACTIONS = {
     "train": "Trains and evaluates; writes runs/METHOD-DATA[-RECIPE][-NAME]/ or --out.",
     "eval": "Scores RUN; writes RUN/eval.json or into --out. Text switches take several values with commas.",
     "predict": "Top five of PHOTOS, files or folders, and a picture of each; writes RUN/predict/ or --out.",
-    "figures": "The paper's figure of test images; writes RUN/figures/ (of several runs beside them) or --out.",
+    "figures": "The figure of test images; writes RUN/figures/ (of several runs beside them) or --out.",
     "profile": "Parameters, MACs, time and memory, variants in turn; prints a table, which --out DIR keeps.",
     "table": "Runs a table of the paper over seeds; writes runs/table-METHOD-TABLE-DATA/ or --out.",
 }
