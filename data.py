@@ -1052,7 +1052,7 @@ PRESETS = {
 }
 
 
-def turn(points, angle):
+def rotate(points, angle):
     """Rotate points (n, 2) by `angle` radians."""
     c, s = math.cos(angle), math.sin(angle)
     return points @ np.array([[c, s], [-s, c]])
@@ -1061,7 +1061,7 @@ def turn(points, angle):
 def ellipse(x, y, rx, ry, angle):
     """Polygon of an ellipse, turned by `angle` radians -> (24, 2)."""
     t = np.arange(24) * (2 * np.pi / 24)
-    return turn(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
+    return rotate(np.stack([rx * np.cos(t), ry * np.sin(t)], 1), angle) + (x, y)
 
 
 @functools.cache
@@ -1133,7 +1133,7 @@ def background(rng, colours, length, side):
         at, angle, scale = rng.random(2), u(0, 6.3), length * u(0.7, 1.3)
         colour = colours[rng.choice(["pale", "dark", "beak"])]
         for shape, own in zip(outlines(rng.choice(BLOBS)), (colour, EYE)):
-            paint(draw, (turn(shape, angle) * scale + at) * side, own)
+            paint(draw, (rotate(shape, angle) * scale + at) * side, own)
     return image
 
 
@@ -1164,11 +1164,11 @@ def draw_bird(name, split, index, size, *shifts):
     u = scene.uniform
     tilt, head, tail = np.radians([u(-20, 20), u(-22, 22), u(-18, 28)])
     neck = np.array([0.27 + u(-0.03, 0.02), -0.19 + u(-0.04, 0.05)])
-    whole = turn(np.eye(2), tilt) * (scene.choice([-1, 1]), 1)  # turned, then mirrored
+    whole = rotate(np.eye(2), tilt) * (scene.choice([-1, 1]), 1)  # turned, then mirrored
     pose = {
         "body": lambda p: p @ whole,
-        "head": lambda p: (turn(p, head) + neck) @ whole,
-        "tail": lambda p: (turn(p, tail) + (-0.25, 0.05)) @ whole,
+        "head": lambda p: (rotate(p, head) + neck) @ whole,
+        "tail": lambda p: (rotate(p, tail) + (-0.25, 0.05)) @ whole,
     }
     nape = np.array([(0.08, -0.14), neck + (-0.10, -0.06), neck + (0.10, 0.06), (0.26, 0.04)])
     placed, places = {"neck": [nape @ whole]}, []

@@ -796,10 +796,10 @@ def not_finite(step, loss, terms, optimizer, paths):
 def report(run, tested, watched):
     """8: write result.json and say what to type next. tested: scores that are not in the log."""
     log = read_log(run.folder)
-    scored = [entry for entry in log if watched in entry]
-    scores = tested.get("test", scored[-1][watched])
+    entries = [entry for entry in log if watched in entry]
+    scores = tested.get("test", entries[-1][watched])
     metric = next(iter(scores))
-    best = max(scored, key=lambda entry: entry[watched][metric])
+    best = max(entries, key=lambda entry: entry[watched][metric])
     best = {"split": watched, "metric": metric, "score": best[watched][metric], "epoch": best["epoch"]}
     result = {"split": "test", **scores, "best_over_epochs": best}
     result |= {"seconds": sum(entry["seconds"] for entry in log)}
@@ -881,7 +881,7 @@ def load(run, device="cpu", recipe=None):
 
 
 @torch.no_grad()
-def scored(run, recipe, flags, world, splits):
+def score_run(run, recipe, flags, world, splits):
     """A run on the test images under a recipe -> its scores, where it looks, what it costs."""
     (model, classes, _), untrained = load(run, world.device, recipe), None
     check_classes(Path(run) / "last.pt", classes, splits.classes)
@@ -903,7 +903,7 @@ def evaluate_run(flags, recipes, world):
     for label, recipe in recipes:  # variants of the model alone share the photos
         inputs = tuple(getattr(recipe, f.name) for f in dataclasses.fields(common.Recipe))
         held = held if inputs in held else {inputs: load_data(flags, recipe)}
-        rows.append({"variant": label} | scored(flags.run, recipe, flags, world, held[inputs]))
+        rows.append({"variant": label} | score_run(flags.run, recipe, flags, world, held[inputs]))
     if world.rank:
         return
     say(f"{flags.method} on {flags.data}, {flags.run}")
@@ -1258,7 +1258,7 @@ def finish_row(row, rows, seed, folder, flags, world):
     key = json.dumps(row.evaluation, sort_keys=True)
     if key not in evaluations:
         seen = replace(recipe, **row.evaluation)
-        evaluations[key] = scored(run, seen, own, world, load_data(own, seen))
+        evaluations[key] = score_run(run, seen, own, world, load_data(own, seen))
         if world.rank == 0:
             write_json(run / "result.json", result)
         world.sum(np.zeros(1))  # the others wait
