@@ -152,7 +152,8 @@ class Recipe(common.Recipe):
                              "and 0 locations need --use-context")
         fixed = {*self.fixed_cells[:most]}
         if self.policy == "fixed" and (len(fixed) < most or max(fixed, default=0) >= cells):
-            raise ValueError(f"--fixed-cells {self.fixed_cells}: name {most} different of 0 to {cells - 1}")
+            wanted = f"name {most} or more of 0 to {cells - 1}, the first {most} all different"
+            raise ValueError(f"--fixed-cells {self.fixed_cells}: {wanted}")
 
 
 def parse_locations(text):

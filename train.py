@@ -200,7 +200,7 @@ def parse(argv):
     if action == "predict" and not words:
         raise ValueError("name photos: predict RUN PHOTO_OR_FOLDER ...")
     if "resume" in given and (changed or {"out", "name", "seed"} & {*given}):
-        raise ValueError("--resume goes on with the run's own recipe, folder, seed; --weights DIR is a start")
+        raise ValueError("--resume keeps the run's recipe, folder and seed; --weights DIR starts another")
     flags = options_of(Flags(), about.get("flags", {}), f"{run}/run.json")
     kept = {key: getattr(flags, key) for key in KEPT}
     own = dict(method=method, data=name, recipe=chosen, run=run, action=action)
