@@ -329,7 +329,7 @@ class Photos(torch.utils.data.Dataset):
         H, W = recipe.image_size
         need = math.ceil(W * w / (x2 - x1) - 1e-6), math.ceil(H * h / (y2 - y1) - 1e-6)
         image = decode(image, turn, need)
-        k = 1 / round(w / image.width)  # a JPEG may be decoded at 1/2, 1/4 or 1/8, rounded up
+        k = 0.5 ** round(math.log2(w / image.width))  # a JPEG may be decoded at 1/2, 1/4, 1/8, rounded up
         resample = FILTERS[recipe.interpolation]
         if rng and recipe.interpolation == "random":
             resample = Image.Resampling(rng.integers(6))

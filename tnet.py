@@ -178,8 +178,8 @@ TAPS = {  # by backbone, grid and base resolution
     **{(f"efficientnet_b{i}", 5, 224): Tap(3, 1, slice(6, 23, 4)) for i in (1, 2, 3, 4)},
 }
 
-# Sizes, grids, cells, epochs and locations are the paper's (Sec. 5.1 to 5.3), and ImageNet's lr, lambda and
-# dropout; the rest is the authors' code: Adam with Keras' epsilon, one drop of the rate, large crops.
+# The paper's (Sec. 5.1 to 5.3): sizes, grids, cells; TNet's epochs and locations on ImageNet and fMoW; the lr,
+# lambda and dropout of ImageNet. The rest is the authors' code: Keras' epsilon, large crops.
 _imagenet = Recipe(
     crop="resized", crop_area=(0.85, 1.0), crop_ratio=(0.5, 2.0), normalize="half",
     interpolation="random", brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2, jitter_prob=0.8,

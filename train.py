@@ -995,10 +995,11 @@ def figures(flags, recipes, world):
     out = make_folder(flags.out or beside / "figures")
     if comparable:
         models = [load(run, world.device, None if i else recipes[0][1]) for i, run in enumerate(runs)]
-        splits = [load_data(flags, recipe) for _, _, recipe in models]
-        for run, (_, classes, _), own in zip(runs, models, splits):
+        splits = []
+        for run, (_, classes, recipe) in zip(runs, models):
+            own = load_data(flags, recipe)
             check_classes(Path(run) / "last.pt", classes, own.classes)
-        splits = [own.test for own in splits]
+            splits.append(own.test)
         n = min(map(len, splits))
         count = min(flags.images, n)
         chosen = [j * n // count + j % (n // count) for j in range(count)]  # spread over split and classes
@@ -1322,7 +1323,8 @@ def main(argv=None):
         if any(part in str(error) for part in ("DataLoader", "shared memory", "open files")):
             hint = "give fewer --workers, or a larger /dev/shm or ulimit -n"
             return fail(1, f"a process that decodes photos died or went silent; {hint} ({text})")
-        if isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text):
+        lost = dist.is_initialized() and re.search("gloo|[Cc]onnection", text)
+        if lost or isinstance(error, dist.DistError):
             return fail(1, f"this process lost the others: {text}")
         raise
     finally:

@@ -52,7 +52,7 @@ and 12,595 are its unlabelled photos; the real Plant Pathology 2020-FGVC7 has 4 
 photos, and the authors' plant code is for yet another set. So Table 4 cannot be reproduced as printed. The
 test split of `--data plant`, either set, is a hold-out of our own (unless there is a labelled test folder).
 
-    python train.py --method vit_fgvc                              # toy birds in their boxes; --no-boxes: not
+    python train.py --method vit_fgvc                              # toy birds in boxes; --no-boxes: scenes
     python train.py --method vit_fgvc --data cub --root DIR        # the CUB recipe of the authors
     python train.py eval runs/vit_fgvc-cub --fusion object         # by the object stage alone
 """

@@ -152,6 +152,11 @@ def test_a_jpeg_that_is_decoded_smaller_is_not_shifted(tmp_path, width):
     assert abs(small - exact) < 0.2 * 255 / width  # of the step between two pixels
 
 
+def test_a_lack_of_memory_is_not_blamed_on_the_photo():
+    with pytest.raises(MemoryError), data.named("a.jpg"):
+        raise MemoryError
+
+
 def test_damaged_exif_says_nothing_about_the_photo(tmp_path):
     assert data.open_photo(save(tmp_path / "a.jpg", ramp(), exif=b"Exif\0\0rubbish")).size == (120, 80)
     exif = Image.Exif()

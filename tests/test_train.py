@@ -505,6 +505,18 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_models_its_words(room):
         assert "two images" not in error(TINY)
 
 
+def test_the_live_line_is_the_first_process_s_and_the_same_classes_in_another_order_are_others(monkeypatch):
+    said = io.StringIO()
+    said.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", said)
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        train.live_line(f"process {rank}")
+    assert "process 0" in said.getvalue() and "process 1" not in said.getvalue()
+    with pytest.raises(ValueError, match="in another order"):
+        train.check_classes("last.pt", ["a", "b"], ["b", "a"])
+
+
 def test_a_taken_port_is_one_line_of_each_process(room):
     """The first one cannot listen; the second meets a program that never answers."""
     with socket.socket() as taken:
