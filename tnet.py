@@ -178,7 +178,7 @@ TAPS = {  # by backbone, grid and base resolution
     **{(f"efficientnet_b{i}", 5, 224): Tap(3, 1, slice(6, 23, 4)) for i in (1, 2, 3, 4)},
 }
 
-# The paper's (Sec. 5.1 to 5.3): sizes, grids, cells; TNet's epochs and locations on ImageNet and fMoW; the lr,
+# The paper's (Sec. 5.1 to 5.3): sizes, grids, cells; TNet's epochs, locations on ImageNet and fMoW; the lr,
 # lambda and dropout of ImageNet. The rest is the authors' code: Keras' epsilon, large crops.
 _imagenet = Recipe(
     crop="resized", crop_area=(0.85, 1.0), crop_ratio=(0.5, 2.0), normalize="half",
